@@ -1,0 +1,369 @@
+import hashlib
+import http.server
+import io
+import os
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+
+import polars
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data
+
+# MD5 of the fourteen files GroupLens publishes.
+SPLIT_MD5 = {
+    "ua": ("346eb46a756be3b382bdef4f7dcf3a01", "52e5d0355092dc1596899855b220508f"),
+    "ub": ("e4ce94f6e01e45f65b91a70bb9e8da2f", "5292d1e388d156aa0c19c384cdf35aca"),
+    "u1": ("4325f44281c9f8c119a3694662d63fc2", "62d5d837e7c8e36550cc956b09c2ecc8"),
+    "u2": ("79541afecccbd5365bb2c09b123a01c7", "1951a71b7e1f4ed254508007fa2f6b70"),
+    "u3": ("55c67a63f516fa9e593d68c3be779970", "cb3e4d0a9152041772285232ca002d4f"),
+    "u4": ("66f64a75eeeffd20ff09533bcd31adcf", "328acfca94e85d01b1d7e92c7d73df3b"),
+    "u5": ("0becb3392339231c08ba316944c79095", "bec898f7091dba3b7bdf793d1998d2d6"),
+}
+
+
+def md5(content):
+    return hashlib.md5(content).hexdigest()
+
+
+@pytest.mark.parametrize("name", SPLIT_MD5)
+def test_splits_are_grouplenss_byte_for_byte(ratings, tmp_path, name):
+    for part, expected in zip(data.split(ratings, name), SPLIT_MD5[name], strict=True):
+        data.write_ratings(part, tmp_path / "part")
+        assert md5((tmp_path / "part").read_bytes()) == expected
+
+
+def test_the_random_split_is_a_seeded_tenth(ratings):
+    train, test = data.split(ratings, "random", seed=3)
+    assert (len(train), len(test)) == (90_000, 10_000)
+    assert polars.concat([train, test]).sort("user", "item").equals(ratings.sort("user", "item"))
+    assert data.split(ratings, "random", seed=3)[1].equals(test)
+    assert not data.split(ratings, "random", seed=4)[1].equals(test)
+
+
+def test_an_unknown_split_is_named(ratings):
+    with pytest.raises(ValueError, match="no split 'u6'"):
+        data.split(ratings, "u6")
+
+
+def test_the_side_information(ml_100k):
+    items, users = data.read_items(ml_100k), data.read_users(ml_100k)
+    assert items.row(0) == (1, "Toy Story (1995)", 1995, ["Animation", "Children's", "Comedy"])
+    assert items.row(266) == (267, "unknown", None, ["unknown"])
+    assert items.row(542)[1] == "Misérables, Les (1995)"
+    third = "Land Before Time III: The Time of the Great Giving (1995) (V)"
+    assert items.row(1411) == (1412, third, 1995, ["Animation", "Children's"])
+    assert items["item"].to_list() == list(range(1, 1683))
+    assert items["year"].null_count() == 1
+    assert set(items["genres"].explode()) == set(data.ML_100K_GENRES)
+    assert users.row(0) == (1, 24, "M", "technician", "85711")
+    assert users["user"].to_list() == list(range(1, 944))
+    assert users.null_count().row(0) == (0,) * 5
+
+
+# --- tensors
+
+
+def frame(rows):
+    schema = {"user": polars.Int64, "item": polars.Int64, "rating": polars.Float32}
+    table = polars.DataFrame(rows, schema=schema, orient="row")
+    return table.with_columns(timestamp=polars.lit(0, polars.Int64))
+
+
+def test_tensors_by_hand():
+    train, test = frame([(70, 5, 3.5), (9, 8, 1), (70, 8, 2)]), frame([(9, 400, 5)])
+    part, test_part, ids = data.to_tensors(train, test)
+    assert ids.users.to_list() == [9, 70]
+    assert ids.items.to_list() == [5, 8, 400], "an item of the test part alone has a row too"
+    assert [column.tolist() for column in part] == [[1, 0, 1], [0, 1, 1], [3.5, 1, 2]]
+    assert [column.tolist() for column in test_part] == [[0], [2], [5]]
+    assert [column.dtype for column in part] == [torch.int64, torch.int64, torch.float32]
+
+
+def test_ua_counts(ua):
+    part, test_part, ids = ua
+    assert (len(ids.users), len(ids.items)) == (943, 1682)
+    unseen = set(test_part.items.tolist()) - set(part.items.tolist())
+    assert len(unseen) == 2
+
+
+def test_shared_pairs_are_refused():
+    train, test = frame([(1, 2, 3), (1, 3, 3)]), frame([(5, 5, 1), (1, 3, 4)])
+    with pytest.raises(ValueError, match=r"1 of the test part's .* the first is \(1, 3\)"):
+        data.to_tensors(train, test)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_an_empty_part_is_refused(part):
+    parts = [frame([(1, 2, 3)]), frame([(1, 4, 3)])]
+    parts[part] = parts[part].clear()
+    with pytest.raises(ValueError, match=f"the {['training', 'test'][part]} part has no ratings"):
+        data.to_tensors(*parts)
+
+
+PAIRS = st.lists(
+    st.tuples(st.integers(-(2**62), 2**62), st.integers(0, 40)), min_size=12, unique=True
+)
+
+
+@given(pairs=PAIRS, halves=st.lists(st.integers(1, 10), min_size=1), seed=st.integers(0, 99))
+def test_any_table_survives_the_way_to_tensors_and_back(tmp_path_factory, pairs, halves, seed):
+    rows = [(*pair, halves[i % len(halves)] / 2) for i, pair in enumerate(pairs)]
+    path = tmp_path_factory.getbasetemp() / "any.tsv"
+    data.write_ratings(frame(rows), path)
+    read = data.read_ratings(path)
+    assert read.equals(frame(rows))
+    part, test_part, ids = data.to_tensors(*data.split(read, "random", seed=seed))
+    back = [
+        (ids.users[user], ids.items[item], rating)
+        for users, items, ratings in (part, test_part)
+        for user, item, rating in zip(users.tolist(), items.tolist(), ratings.tolist(), strict=True)
+    ]
+    assert sorted(back) == sorted(rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1\t2\tgood\t4\n", "could not parse"),
+        ("1\t2\t3\t4\n1\t\t3\t4\n", "line 2: a value is missing"),
+        ("", "no ratings"),
+    ],
+)
+def test_a_broken_ratings_file_is_one_line(tmp_path, text, message):
+    path = tmp_path / "broken"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        data.read_ratings(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# --- writing
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    path, link = tmp_path / "file", tmp_path / "link"
+    data.write_file(path, b"old")
+    link.symlink_to(path)
+    data.write_file(link, b"new")
+    assert path.read_bytes() == b"new"
+    assert link.is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    data.write_file(path, b"old")
+    with pytest.raises(TypeError):
+        data.write_file(path, "no bytes")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_stdout_is_written_to_not_replaced(tmp_path, is_file):
+    code = "import data, pathlib; print('before', flush=True);"
+    code += "data.write_file(pathlib.Path('/dev/stdout'), b'through')"
+    with open(tmp_path / "out", "w+b") as out:
+        stdout = out if is_file else subprocess.PIPE
+        done = subprocess.run([sys.executable, "-c", code], stdout=stdout, check=True)
+        out.seek(0)
+        assert (out.read() if is_file else done.stdout) == b"before\nthrough"
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    data.check_writable(tmp_path / "new")
+    assert os.listdir(tmp_path) == []
+    for path in (tmp_path, tmp_path / "missing" / "file"):
+        with pytest.raises(OSError, match=f"^{path} cannot be written: "):
+            data.check_writable(path)
+
+
+# --- the download, from a server of this machine
+
+
+def zipped(members):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def good_zip(ml_100k):
+    """GroupLens's layout from the real data: its u.item has dates, URLs and flags besides."""
+    lines = []
+    for item, title, _year, genres in data.read_items(ml_100k).iter_rows():
+        flags = ["01"[genre in genres] for genre in data.ML_100K_GENRES]
+        lines.append("|".join([str(item), title + " ", "01-Jan-1995", "", "http://x", *flags]))
+    return zipped(
+        {
+            "ml-100k/u.data": (ml_100k / "u.data").read_bytes(),
+            "ml-100k/u.user": (ml_100k / "u.user").read_bytes(),
+            "ml-100k/u.item": ("\n".join(lines) + "\n").encode("latin-1"),
+        }
+    )
+
+
+@pytest.fixture
+def serve():
+    """Serve one answer: `serve(content, length=..., status=..., pause=...)` returns its URL."""
+    servers, over = [], threading.Event()
+
+    def serve(content=b"", length=None, status=200, pause=0.0, drip=False):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                server.n_requests += 1
+                over.wait(pause)
+                self.send_response(status)
+                self.send_header("Content-Length", str(length or len(content)))
+                self.end_headers()
+                try:
+                    for start in range(0, len(content), 1 if drip else 1 << 20):
+                        self.wfile.write(content[start : start + (1 if drip else 1 << 20)])
+                        if drip and over.wait(0.02):
+                            break
+                except OSError:
+                    pass  # the client has given up
+
+            def log_message(self, *arguments):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = False  # server_close waits for their sockets to be closed
+        server.n_requests = 0
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}/ml-100k.zip"
+
+    serve.servers = servers
+    yield serve
+    over.set()
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def get(tmp_path, url, content=b"", **options):
+    lines = []
+    folder = data.get_ml_100k(
+        tmp_path, notice=lines.append, url=url, zip_md5=md5(content), **options
+    )
+    (line,) = lines
+    return folder, line
+
+
+def test_a_good_zip_is_kept_and_never_fetched_again(tmp_path, serve, good_zip, ml_100k):
+    url = serve(good_zip)
+    folder, line = get(tmp_path, url, good_zip)
+    assert line == f"ml-100k: from {url}, kept in {folder}"
+    for name in data.ML_100K_FILES:
+        assert (folder / name).read_bytes() == (ml_100k / name).read_bytes()
+    assert get(tmp_path, url, good_zip) == (folder, f"ml-100k: from the cache {folder}")
+    assert serve.servers[0].n_requests == 1
+
+
+@pytest.mark.parametrize("name", ["u.data", "u.user", "items.tsv"])
+def test_a_changed_byte_in_the_cache_is_fetched_again(tmp_path, serve, good_zip, name):
+    folder, _ = get(tmp_path, serve(good_zip), good_zip)
+    good = (folder / name).read_bytes()
+    (folder / name).write_bytes(good.replace(b"1", b"2", 1))
+    _, line = get(tmp_path, serve(good_zip), good_zip)
+    assert line.startswith(f"ml-100k: {name} in {folder} failed the checksum; from http")
+    assert (folder / name).read_bytes() == good
+
+
+ESCAPES = {"../../escaped": b"x", "/tmp/ml-100k-escaped": b"x", "ml-100k/../../escaped": b"x"}
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda zip_: {"content": zip_[:1000], "length": len(zip_)}, "broke off after 1,000 of"),
+        (lambda zip_: {"content": zip_[:-9] + b"different"}, "the zip failed its checksum"),
+        (lambda zip_: {"content": b"", "status": 404}, "HTTP 404 Not Found"),
+        (lambda zip_: {"content": zip_, "pause": 9.0}, "no answer in 0.3 s"),
+        (lambda zip_: {"content": zip_, "drip": True}, "not all in 3.6 s"),
+    ],
+    ids=["truncated", "wrong checksum", "404", "hangs", "drips"],
+)
+def test_a_bad_answer_is_one_line_and_keeps_nothing(tmp_path, serve, good_zip, answer, message):
+    start = time.monotonic()
+    with pytest.raises(OSError, match=r"can't be had: 127\.0\.0\.1: ") as caught:
+        get(tmp_path, serve(**answer(good_zip)), good_zip, timeout=0.3)
+    assert message in str(caught.value)
+    assert "recbole==1.2.1 through pip: " in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path / "ml-100k") == []
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no zip at all", "no good zip (File is not a zip file)"),
+        (zipped({"ml-100k/u.data": b"1\t2\t3\t4\n"}), "There is no item named 'ml-100k/u.user'"),
+        (zipped(ESCAPES), "There is no item named 'ml-100k/u.data'"),
+    ],
+)
+def test_a_bad_zip_with_the_right_checksum(tmp_path, serve, content, message):
+    with pytest.raises(OSError, match="can't be had") as caught:
+        get(tmp_path / "data", serve(content), content)
+    assert message in str(caught.value)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "data", tmp_path / "data" / "ml-100k"]
+
+
+def test_a_zip_that_escapes_its_folder_writes_only_the_data(tmp_path, serve, good_zip):
+    buffer = io.BytesIO(good_zip)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        for name, content in ESCAPES.items():
+            archive.writestr(name, content)
+    content = buffer.getvalue()
+    folder, _ = get(tmp_path / "a" / "b", serve(content), content)
+    assert sorted(os.listdir(folder)) == sorted(data.ML_100K_FILES)
+    assert not list(tmp_path.rglob("*escaped*"))
+    assert not os.path.exists("/tmp/ml-100k-escaped")
+
+
+@pytest.mark.usefixtures("offline")
+def test_ratings_that_are_not_the_published_ones_are_refused(tmp_path, serve, good_zip, ml_100k):
+    with zipfile.ZipFile(io.BytesIO(good_zip)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    members["ml-100k/u.data"] = members["ml-100k/u.data"].replace(b"\t5\t", b"\t1\t", 1)
+    content = zipped(members)
+    with pytest.raises(OSError, match=r"u.data from http.* failed its checksum; nothing was kept"):
+        get(tmp_path, serve(content), content)
+    assert os.listdir(tmp_path / "ml-100k") == []
+
+
+def test_the_package_gives_the_same_files(tmp_path, ml_100k, serve):
+    """Through the real pip and whatever index it is set up for."""
+    try:
+        folder, line = get(tmp_path, serve(status=404))
+    except OSError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"no package index: {error}")
+    assert line == (
+        f"ml-100k: 127.0.0.1: HTTP 404 Not Found; from recbole==1.2.1 through pip, kept in {folder}"
+    )
+    for name in data.ML_100K_FILES:
+        assert (folder / name).read_bytes() == (ml_100k / name).read_bytes()
+
+
+def test_the_data_dir(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("COLLAB_DATA_DIR", raising=False)
+    assert data.default_data_dir() == tmp_path / "collab"
+    monkeypatch.setenv("COLLAB_DATA_DIR", str(tmp_path / "mine"))
+    assert data.default_data_dir() == tmp_path / "mine"

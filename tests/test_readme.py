@@ -1,0 +1,154 @@
+"""The README's commands, figures and examples, the docstrings' examples, and the layout."""
+
+import doctest
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [block.strip() for language, block in BLOCKS if language == "sh"]
+MODULES = ("data", "model", "schedule", "train")
+
+
+def run(*arguments, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def table_rows(text):
+    """Cells of the lines of all Markdown tables in a text, by their first cell."""
+    rows = [line.strip("| \n").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {cells[0]: cells[1:] for cells in rows}
+
+
+def numbers(text):
+    return [float(number) for number in re.findall(r"\d+\.\d+", text)]
+
+
+def test_every_command_is_run_by_some_test():
+    """Each is run below, or by .ci/run."""
+    assert COMMANDS == [
+        "pip install -r requirements.txt && python collab.py train",
+        "pip install -r tests/requirements.txt && python -m pytest",
+        "python tests/tune.py trials.jsonl",
+        "python tests/figures.py",
+        "python tests/reproduce.py",
+    ]
+
+
+def test_ci_runs_the_readmes_test_command():
+    script = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert COMMANDS[1] in script
+    assert any(line.startswith("ruff check") for line in script)
+
+
+def test_the_training_command_prints_what_the_readme_shows(ml_100k):
+    done = run(*COMMANDS[0].partition(" && python ")[2].split(" "))
+    assert done.returncode == 0, done.stderr
+    (shown,) = (block for language, block in BLOCKS if language == "text")
+    shown, printed = shown.splitlines(), done.stdout.splitlines()
+    assert printed[0] == shown[0]
+    assert len(printed) == len(shown)
+    for mine, theirs in zip(printed[1:], shown[1:], strict=True):
+        # All but the seconds, which come last; another processor rounds otherwise.
+        assert numbers(mine)[:-1] == pytest.approx(numbers(theirs)[:-1], abs=3e-3)
+
+
+def test_the_results_command(ml_100k):
+    done = run("tests/figures.py", "--seeds", 1)
+    assert done.returncode == 0, done.stderr
+    printed, shown = table_rows(done.stdout), table_rows(README)
+    for recipe in ("`--recipe fastai`", "`--recipe default`"):
+        mean, spread = numbers(shown[recipe][0])
+        assert numbers(printed[recipe][0])[0] == pytest.approx(mean, abs=4 * spread)
+
+
+def test_the_notebooks_question_command(ml_100k):
+    """One experiment at full length; all are in the README."""
+    name = "AdamW, decay 0.01"
+    done = run("tests/reproduce.py", "--only", name)
+    assert done.returncode == 0, done.stderr
+    (notebook, broadcast, right), shown = table_rows(done.stdout)[name], table_rows(README)
+    assert notebook == shown[name][0]
+    assert numbers(broadcast)[1] == pytest.approx(0.923, abs=0.003)
+    assert numbers(broadcast) == pytest.approx(numbers(shown[name][1]), abs=3e-3)
+    assert numbers(right) == pytest.approx(numbers(shown[name][2]), abs=2e-2)
+    source = (ROOT / "tests" / "reproduce.py").read_text()
+    for experiment in re.findall(r'Experiment\(\s*"([^"]+)"', source):
+        assert len(shown[experiment]) == 3
+
+
+def test_the_search_command_resumes(tmp_path, ml_100k):
+    trials = tmp_path / "trials.jsonl"
+    for n_trials in (1, 2):
+        before = trials.read_text() if trials.exists() else ""
+        done = run("tests/tune.py", trials, "--trials", n_trials)
+        assert done.returncode == 0, done.stderr
+        assert trials.read_text().startswith(before)
+        assert len(trials.read_text().splitlines()) == len(done.stdout.splitlines()) == n_trials
+
+
+def test_the_readmes_example_of_a_copied_file(tmp_path):
+    (code,) = (block for language, block in BLOCKS if language == "python")
+    shutil.copy(ROOT / "schedule.py", tmp_path)
+    done = run("-c", code, cwd=tmp_path)
+    assert done.stderr == ""
+    assert numbers(done.stdout.replace("2.", "2.0")) == pytest.approx([1.0, 2.0], abs=0.02)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_copied_alone_runs_its_examples(tmp_path, module, ml_100k):
+    shutil.copy(ROOT / f"{module}.py", tmp_path)
+    head = (ROOT / f"{module}.py").read_text().split('"""')[1]
+    assert doctest.DocTestParser().get_examples(head), "the module's docstring has an example"
+    done = run("-m", "doctest", f"{module}.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_no_sibling_and_no_optimizer(module):
+    source = (ROOT / f"{module}.py").read_text()
+    siblings = "|".join(("collab", *MODULES))
+    code = re.sub(r'""".*?"""', "", source, flags=re.DOTALL)
+    assert not re.search(rf"^\s*(from|import) ({siblings})\b", code, re.MULTILINE)
+    assert "torch.optim" not in code
+
+
+@pytest.mark.parametrize("module", ["collab", *MODULES])
+def test_import_does_nothing(tmp_path, module):
+    code = (
+        "import os, sys, torch; sys.path.insert(0, sys.argv[1]);"
+        "torch.manual_seed(5); before = torch.get_rng_state(), torch.get_num_threads();"
+        f"import {module};"
+        "assert torch.equal(before[0], torch.get_rng_state());"
+        "assert before[1] == torch.get_num_threads()"
+    )
+    done = run("-c", code, ROOT, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_layout():
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    if listed.returncode:
+        pytest.skip("no git checkout")
+    top = {path.split("/")[0] for path in listed.stdout.splitlines()}
+    files = {"collab.py", "requirements.txt", "README.md", "tests", *(f"{m}.py" for m in MODULES)}
+    assert {path for path in top if not path.startswith(".")} == files
