@@ -7,91 +7,211 @@ prints. They are imported inside the functions that need them, so that `--help` 
 import io
 import json
 import math
+import os
+import signal
+import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
+FEATURES = ("id", "implicit", "side", "time")
 SPLITS = ("ua", "ub", "u1", "u2", "u3", "u4", "u5", "random")
 
-# fastai: fastai v1's lesson, matched in every detail. default: chosen by tests/tune.py on a
-# validation part of ua.base.
+# fastai: fastai v1's lesson, matched in every detail. default and best: chosen by tests/tune.py on
+# validation parts of the training part.
 RECIPES = {
     "fastai": {
+        "features": ("id",),
+        "loss": "mse",
+        "y_range": (0.0, 5.5),
         "n_factors": 40,
+        "dropout": 0.0,
+        "ensemble": 1,
         "epochs": 10,
         "batch_size": 64,
         "drop_last": True,
         "lr_max": 0.01,
         "weight_decay": 0.1,
         "bias_decay": 0.1,
-        "y_range": (0.0, 5.5),
     },
     "default": {
+        "features": ("id",),
+        "loss": "mse",
+        "y_range": (0.0, 5.5),
         "n_factors": 40,
+        "dropout": 0.0,
+        "ensemble": 1,
         "epochs": 5,
         "batch_size": 512,
         "drop_last": False,
         "lr_max": 0.01,
         "weight_decay": 0.5,
         "bias_decay": 0.02,
-        "y_range": (0.0, 5.5),
+    },
+    "best": {
+        "features": ("id", "implicit", "side", "time"),
+        "loss": "ordinal",
+        "y_range": None,
+        "n_factors": 24,
+        "dropout": 0.2,
+        "ensemble": 5,
+        "epochs": 12,
+        "batch_size": 1024,
+        "drop_last": False,
+        "lr_max": 0.015,
+        "weight_decay": 0.8,
+        "bias_decay": 0.1,
     },
 }
 
 
-def fit(part, test_part, ids, *, options, seed):
-    """Train with `options`, a recipe's dict, and yield `(params, row)` after each epoch.
+class Task(NamedTuple):
+    """What a model is trained and tested on, as tensors."""
 
-    `part`, `test_part` and `ids` come from `data.to_tensors`; `row` is a dict of the epoch's
-    figures: epoch, train_loss, mse, rmse, mae, seconds (training), evaluate_seconds.
+    train: tuple  # users, items, ratings, and the context of each where features have one
+    test: tuple  # the same
+    ids: tuple  # data.Ids
+    seen: tuple  # bool masks of the users and of the items that training tells something of
+    features: tuple | None  # model.Features; None for ids alone
+
+
+def prepare(train, test, kinds, *, users=None, items=None):
+    """Make a `Task` of two frames of ratings and, for features, those of users and items."""
+    import data
+    import model
+
+    part, test_part, ids = data.to_tensors(train, test)
+    if tuple(kinds) == ("id",):
+        return Task(part, test_part, ids, data.find_seen(part, ids), None)
+    about = {"users": users, "items": items} if "side" in kinds else {}
+    features = model.Features(*data.features(train, ids, kinds, **about))
+    if "time" in kinds:
+        context, test_context = data.time_context(train, test)
+        part, test_part = (*part, context), (*test_part, test_context)
+    return Task(part, test_part, ids, data.find_seen(data.Part(*part[:3]), ids, **about), features)
+
+
+def make_head(ratings, options):
+    """The `model.Head` for `options["loss"]`, and the range of `ratings`, the training part's.
+
     ValueError when a rating lies outside `y_range`: no prediction could reach it.
     """
-    from functools import partial
+    import model
 
+    low, high = ratings.min().item(), ratings.max().item()
+    if options["loss"] == "ordinal":
+        levels = ratings.unique()
+        shares = [(ratings > level).double().mean().item() for level in levels[:-1]]
+        return model.ordinal(levels.tolist(), shares), (low, high)
+    y_range = options["y_range"]
+    if low < y_range[0] or high > y_range[1]:
+        text = "ratings from {:g} to {:g} are not all within y_range {:g} to {:g}"
+        raise ValueError(text.format(low, high, *y_range))
+    return model.bounded(*y_range), (low, high)
+
+
+def fit(task, *, options, seed):
+    """Train with `options`, a recipe's dict, and yield `(members, row)` after each epoch.
+
+    `members` are the `model.Params` of the ensemble's models, trained side by side; `row` is a dict
+    of the epoch's figures: epoch, train_loss, mse, rmse, mae, seconds (training), evaluate_seconds.
+    """
     import torch
 
     import model
     import schedule
     import train
 
-    y_range, decay, bias_decay = (options[o] for o in ("y_range", "weight_decay", "bias_decay"))
-    clip = part.ratings.min().item(), part.ratings.max().item()
-    if clip[0] < y_range[0] or clip[1] > y_range[1]:
-        text = "ratings from {:g} to {:g} are not all within y_range {:g} to {:g}"
-        raise ValueError(text.format(*clip, *y_range))
-    generator = torch.Generator().manual_seed(seed)
+    head, clip = make_head(task.train[2], options)
     batches = {"batch_size": options["batch_size"], "drop_last": options["drop_last"]}
-    n_steps = options["epochs"] * train.count_batches(len(part.ratings), **batches)
-    epochs = train.fit(
-        model.init_params(
-            len(ids.users), len(ids.items), n_factors=options["n_factors"], generator=generator
-        ),
-        *part,
-        loss_and_grad=partial(model.loss_and_grad, y_range=y_range),
-        optimizer=schedule.adamw(
-            schedule.one_cycle(n_steps, lr_max=options["lr_max"]),
-            weight_decay=(decay, decay, bias_decay, bias_decay),  # in the order of model.Params
-        ),
-        n_epochs=options["epochs"],
-        generator=generator,
-        **batches,
-    )
-    for epoch in epochs:
+    n_steps = options["epochs"] * train.count_batches(len(task.train[2]), **batches)
+    decay, bias_decay = options["weight_decay"], options["bias_decay"]
+    sizes = len(task.ids.users), len(task.ids.items)
+    loss_and_grad = model.loss_and_grad
+    if task.features is not None:
+        sizes = tuple(len(side[0]) - 1 for side in task.features[2:])
+        loss_and_grad = partial(model.embedded_loss_and_grad, features=task.features)
+
+    def member(number):
+        # torch's generator takes 32 bits; this spreads the members over them, the first at `seed`.
+        generator = torch.Generator().manual_seed((seed + number * 0x9E3779B1) % 2**32)
+        return train.fit(
+            model.init_params(
+                *sizes,
+                n_factors=options["n_factors"],
+                n_outputs=head.n_outputs,
+                generator=generator,
+            ),
+            *task.train,
+            loss_and_grad=partial(
+                loss_and_grad, head=head, dropout=options["dropout"], generator=generator
+            ),
+            optimizer=schedule.adamw(
+                schedule.one_cycle(n_steps, lr_max=options["lr_max"]),
+                weight_decay=(decay, decay, bias_decay, bias_decay),  # in the order of model.Params
+            ),
+            n_epochs=options["epochs"],
+            generator=generator,
+            **batches,
+        )
+
+    for epochs in zip(*map(member, range(options["ensemble"])), strict=True):
         start = time.perf_counter()
-        predict = partial(model.predict, epoch.params, y_range=y_range)
-        errors = train.evaluate(predict, *test_part, clip=clip)
+        tables = [to_rows(epoch.params, task) for epoch in epochs]
+        errors = train.evaluate(partial(predict, tables, head=head), *task.test, clip=clip)
         yield (
-            epoch.params,
+            [epoch.params for epoch in epochs],
             {
-                "epoch": epoch.epoch,
-                "train_loss": epoch.train_loss,
+                "epoch": epochs[0].epoch,
+                "train_loss": sum(epoch.train_loss for epoch in epochs) / len(epochs),
                 **errors._asdict(),
-                "seconds": epoch.seconds,
+                "seconds": sum(epoch.seconds for epoch in epochs),
                 "evaluate_seconds": time.perf_counter() - start,
             },
         )
+
+
+def to_rows(params, task):
+    """Tables with a row a user and a row an item, the unseen ones filled, ready to predict with."""
+    import model
+
+    if task.features is not None:
+        params = model.embed(params, task.features)
+    if all(seen.all() for seen in task.seen):
+        return params
+    return model.fill_unseen(params, *task.seen)
+
+
+def predict(members, *rows, head):
+    """The mean of the members' predictions."""
+    import torch
+
+    import model
+
+    return torch.stack([model.predict(params, *rows, head=head) for params in members]).mean(0)
+
+
+def cut(ratings, split, *, seed, holdout=None):
+    """The train and test frames of `split`; with `holdout`, a share of train and the rest of it.
+
+    With `holdout` the split's test part is dropped unread, and the share takes its place.
+    """
+    import data
+
+    train, test = data.split(ratings, split, seed=seed)
+    return (train, test) if holdout is None else data.hold_out(train, holdout, seed=seed)
+
+
+def describe_unseen(task):
+    """One line on the rows that will be predicted as the average user or item, or None."""
+    counts = [int((~seen).sum()) for seen in task.seen]
+    if not any(counts):
+        return None
+    return "not in the training part, predicted as average: {} users, {} items".format(*counts)
 
 
 def _finite(context, parameter, value):
@@ -109,6 +229,23 @@ def _interval(context, parameter, value):
     return value
 
 
+def _names(allowed):
+    """A callback: names separated by commas, each one of `allowed` and none twice."""
+
+    def read(context, parameter, value):
+        if value is None:
+            return None
+        names = tuple(value.split(","))
+        for name in names:
+            if name not in allowed:
+                raise click.BadParameter(f"'{name}' is not one of {', '.join(allowed)}.")
+        if len(set(names)) < len(names):
+            raise click.BadParameter(f"'{value}' names one twice.")
+        return names
+
+    return read
+
+
 def _notice(line):
     click.echo(line, err=True)
 
@@ -119,122 +256,251 @@ def cli():
 
 
 FILE = click.Path(path_type=Path)
+POSITIVE = click.FloatRange(0, min_open=True)
+MODEL_OPTIONS = [
+    click.option("--dataset", type=click.Choice(["ml-100k"]), default="ml-100k", show_default=True),
+    click.option("--data-dir", type=FILE, help="Folder of the data.  [default: the user's cache]"),
+    click.option(
+        "--recipe",
+        type=click.Choice(list(RECIPES)),
+        default="default",
+        show_default=True,
+        help="A named set of defaults for the options from --features to --bias-decay.",
+    ),
+    click.option(
+        "--features",
+        callback=_names(FEATURES),
+        metavar="NAMES",
+        help=f"What a row is made of: {','.join(FEATURES)}, or some of them.",
+    ),
+    click.option("--loss", type=click.Choice(["mse", "ordinal"]), help="What is differentiated."),
+    click.option(
+        "--y-range",
+        nargs=2,
+        type=float,
+        callback=_interval,
+        metavar="LOW HIGH",
+        help="Bounds of a prediction, of the sigmoid that makes it (loss mse).",
+    ),
+    click.option("--n-factors", type=click.IntRange(1, 2**16), help="Latent size."),
+    click.option(
+        "--dropout",
+        type=click.FloatRange(0, 1, max_open=True),
+        callback=_finite,
+        help="Share of the products of factors left out of a prediction in training.",
+    ),
+    click.option("--ensemble", type=click.IntRange(1, 1000), help="Models to average."),
+    click.option("--epochs", type=click.IntRange(1, 10**6), help="Passes over the training part."),
+    click.option("--batch-size", type=click.IntRange(1, 2**31), help="Ratings a step."),
+    click.option("--drop-last/--keep-last", default=None, help="Leave out an incomplete batch?"),
+    click.option("--lr-max", type=POSITIVE, callback=_finite, help="Step size at the peak."),
+    click.option(
+        "--weight-decay",
+        type=click.FloatRange(0),
+        callback=_finite,
+        help="Decoupled: a step takes the share lr times this off every factor.",
+    ),
+    click.option(
+        "--bias-decay", type=click.FloatRange(0), callback=_finite, help="The same for the biases."
+    ),
+    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
+    click.option(
+        "--threads",
+        type=click.IntRange(1, os.cpu_count()),
+        default=1,
+        show_default=True,
+        help="Of torch; one is fastest for small batches.",
+    ),
+    click.option("--metrics", type=FILE, help="Write the figures here, as JSON."),
+]
 
 
-@cli.command("train")
-@click.option("--dataset", type=click.Choice(["ml-100k"]), default="ml-100k", show_default=True)
-@click.option("--data-dir", type=FILE, help="Folder of the data sets.  [default: the user's cache]")
-@click.option("--split", type=click.Choice(SPLITS), default="ua", show_default=True)
-@click.option(
-    "--recipe",
-    type=click.Choice(list(RECIPES)),
-    default="default",
-    show_default=True,
-    help="A named set of defaults for the options from here to --y-range.",
-)
-@click.option("--n-factors", type=click.IntRange(1), help="Latent size.")
-@click.option("--epochs", type=click.IntRange(1), help="Passes over the training part.")
-@click.option("--batch-size", type=click.IntRange(1), help="Ratings a step.")
-@click.option("--drop-last/--keep-last", default=None, help="Leave out an incomplete last batch?")
-@click.option(
-    "--lr-max",
-    type=click.FloatRange(0, min_open=True),
-    callback=_finite,
-    help="Step size at the peak of the cycle.",
-)
-@click.option(
-    "--weight-decay",
-    type=click.FloatRange(0),
-    callback=_finite,
-    help="Decoupled: a step takes the share lr times this off every factor.",
-)
-@click.option(
-    "--bias-decay", type=click.FloatRange(0), callback=_finite, help="The same for the biases."
-)
-@click.option(
-    "--y-range",
-    nargs=2,
-    type=float,
-    callback=_interval,
-    metavar="LOW HIGH",
-    help="Bounds of a prediction, of the sigmoid that makes it.",
-)
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
-@click.option(
-    "--threads",
-    type=click.IntRange(1, 1024),
-    default=1,
-    show_default=True,
-    help="Of torch; one is fastest for small batches.",
-)
-@click.option("--save", type=FILE, help="Write the model to this file.")
-@click.option("--metrics", type=FILE, help="Write the figures here, as JSON.")
-def train_command(dataset, data_dir, split, recipe, seed, threads, save, metrics, **given):
-    """Train a model, printing its error on the test part after each epoch."""
+def with_model_options(command):
+    for option in reversed(MODEL_OPTIONS):
+        command = option(command)
+    return command
+
+
+def choose_options(recipe, given):
+    """The recipe's options with those given over them. UsageError where they do not go together."""
     options = RECIPES[recipe] | {name: value for name, value in given.items() if value is not None}
-    if options["lr_max"] * max(options["weight_decay"], options["bias_decay"]) >= 1:
-        raise click.UsageError("--lr-max times a decay must be below 1.")
+    if options["loss"] == "ordinal" and given["y_range"] is not None:
+        raise click.UsageError("--y-range goes with --loss mse.")
+    if options["loss"] == "mse" and options["y_range"] is None:
+        raise click.UsageError("--loss mse needs --y-range.")
+    lr_max, decay = options["lr_max"], max(options["weight_decay"], options["bias_decay"])
+    if lr_max * decay >= 1:
+        raise click.UsageError(f"--lr-max {lr_max:g} times a decay of {decay:g} is not below 1.")
+    return options
 
+
+def start(threads, data_dir, paths):
+    """What every command does first: check, fetch, read. Returns ratings, users, items."""
     import torch
 
     import data
 
-    for path in filter(None, (save, metrics)):
+    for path in filter(None, paths):
         data.check_writable(path)  # said now, not after the training
     torch.set_num_threads(threads)
-    start = time.perf_counter()
     folder = data.get_ml_100k(data_dir, notice=_notice)
-    frames = data.split(data.read_ratings(folder / "u.data"), split, seed=seed)
-    part, test_part, ids = data.to_tensors(*frames)
-    load_seconds = time.perf_counter() - start
+    return data.read_ratings(folder / "u.data"), data.read_users(folder), data.read_items(folder)
 
-    click.echo("epoch | train_loss | test_mse | test_rmse | test_mae |    time")
-    line = (
-        "{epoch:5} | {train_loss:10.4f} | {mse:8.4f} | {rmse:9.4f} | {mae:8.4f} | {seconds:5.2f} s"
-    )
-    params, rows, evaluate_seconds = None, [], 0.0
-    terminal = sys.stderr.isatty()
-    bar = click.progressbar(length=options["epochs"], file=sys.stderr, hidden=not terminal)
-    with bar:
-        for params, row in fit(part, test_part, ids, options=options, seed=seed):  # noqa: B007
-            if terminal:  # the bar makes room for the line
-                click.echo("\r\033[K", nl=False, err=True)
-            click.echo(line.format_map(row))
-            evaluate_seconds += row.pop("evaluate_seconds")
-            rows.append(row)
-            bar.update(1)
-    fit_seconds = sum(row["seconds"] for row in rows)
-    result = {name: rows[-1][name] for name in ("mse", "rmse", "mae")}
-    text = "test mse {mse:.4f}, rmse {rmse:.4f}, mae {mae:.4f}".format_map(result)
-    click.echo(f"{text} on {split}, trained in {fit_seconds:.2f} s")
 
+@cli.command("train")
+@click.option("--split", type=click.Choice(SPLITS), default="ua", show_default=True)
+@click.option(
+    "--holdout",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    callback=_finite,
+    help="Test on this share of the training part instead; the test part is not read.",
+)
+@with_model_options
+@click.option("--save", type=FILE, help="Write the model to this file.")
+def train_command(dataset, data_dir, split, holdout, recipe, seed, threads, save, metrics, **given):
+    """Train a model, printing its error on the test part after each epoch."""
+    options = choose_options(recipe, given)
+    if save is not None and metrics is not None and save.resolve() == metrics.resolve():
+        raise click.UsageError(f"--save and --metrics are both {save}.")
+    started = time.perf_counter()
+    ratings, users, items = start(threads, data_dir, (save, metrics))
+    frames = cut(ratings, split, seed=seed, holdout=holdout)
+    task = prepare(*frames, options["features"], users=users, items=items)
+    load_seconds = time.perf_counter() - started
+    if unseen := describe_unseen(task):
+        _notice(unseen)
+
+    tested = "test" if holdout is None else "held"
+    click.echo(f"epoch | train_loss | {tested}_mse | {tested}_rmse | {tested}_mae |    time")
+    members, rows = show_epochs(fit(task, options=options, seed=seed), options["epochs"])
+    evaluate_seconds = sum(row.pop("evaluate_seconds") for row in rows)
     figures = {
         "recipe": recipe,
         "dataset": dataset,
         "split": split,
         "seed": seed,
         "options": options,
-        "n_users": len(ids.users),
-        "n_items": len(ids.items),
-        "n_train": len(part.ratings),
-        "n_test": len(test_part.ratings),
+        "n_users": len(task.ids.users),
+        "n_items": len(task.ids.items),
+        "n_train": len(task.train[2]),
+        "n_test": len(task.test[2]),
         "epochs": rows,
-        **result,
-        "fit_seconds": fit_seconds,
+        **{name: rows[-1][name] for name in ("mse", "rmse", "mae")},
+        "fit_seconds": sum(row["seconds"] for row in rows),
         "evaluate_seconds": evaluate_seconds,
         "load_seconds": load_seconds,
     }
+    where = split if holdout is None else f"{holdout:g} of the training part of {split}"
+    result = (
+        "{} mse {mse:.4f}, rmse {rmse:.4f}, mae {mae:.4f} on {}, trained in {fit_seconds:.2f} s"
+    )
+    click.echo(result.format(tested, where, **figures))
     if save is not None:
-        content = io.BytesIO()
-        raw_ids = {"user_ids": ids.users.to_list(), "item_ids": ids.items.to_list()}
-        torch.save({"params": params._asdict(), **raw_ids, "figures": figures}, content)
-        data.write_file(save, content.getvalue())
+        save_model(save, members, task, figures)
     if metrics is not None:
-        data.write_file(metrics, (json.dumps(figures, indent=1) + "\n").encode())
+        save_json(metrics, figures if holdout is None else figures | {"holdout": holdout})
+
+
+def show_epochs(epochs, n_epochs):
+    """Print a line after each epoch, with a bar below on a terminal. Returns members and rows."""
+    line = (
+        "{epoch:5} | {train_loss:10.4f} | {mse:8.4f} | {rmse:9.4f} | {mae:8.4f} | {seconds:5.2f} s"
+    )
+    members, rows = [], []
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    with click.progressbar(length=n_epochs, file=sys.stderr, hidden=not is_terminal) as bar:
+        for members, row in epochs:  # noqa: B007
+            if is_terminal:  # the bar makes room for the line
+                click.echo("\r\033[K", nl=False, err=True)
+            click.echo(line.format_map(row))
+            rows.append(row)
+            bar.update(1)
+    return members, rows
+
+
+@cli.command("cross-validate")
+@click.option(
+    "--splits",
+    callback=_names(SPLITS[:-1]),
+    default="u1,u2,u3,u4,u5",
+    show_default=True,
+    metavar="NAMES",
+    help="Published splits to train and test on in turn.",
+)
+@click.option(
+    "--folds", type=click.IntRange(2), help="Cut the ratings into this many, by --seed, instead."
+)
+@with_model_options
+def cross_validate_command(
+    dataset, data_dir, splits, folds, recipe, seed, threads, metrics, **given
+):
+    """Train and test on several splits, printing each one's error, the mean and the spread."""
+    options = choose_options(recipe, given)
+    ratings, users, items = start(threads, data_dir, (metrics,))
+
+    import data
+
+    parts = [(name, data.split(ratings, name)) for name in splits]
+    if folds:
+        cuts = data.fold(ratings, folds, seed=seed)
+        parts = [(f"{number}/{folds}", part) for number, part in enumerate(cuts, 1)]
+    click.echo(" fold | test_rmse | test_mae |    time")
+    rows = []
+    for name, frames in parts:
+        task = prepare(*frames, options["features"], users=users, items=items)
+        seconds = 0.0
+        for _, row in fit(task, options=options, seed=seed):
+            seconds += row["seconds"]
+        rows.append(
+            {"fold": name, **{n: row[n] for n in ("mse", "rmse", "mae")}, "seconds": seconds}
+        )
+        click.echo("{fold:>5} | {rmse:9.4f} | {mae:8.4f} | {seconds:5.2f} s".format_map(rows[-1]))
+    figures = {
+        "recipe": recipe,
+        "dataset": dataset,
+        "seed": seed,
+        "options": options,
+        "folds": rows,
+    }
+    for name in ("rmse", "mae"):
+        values = [row[name] for row in rows]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        figures |= {name: statistics.mean(values), f"{name}_std": spread}
+    figures["fit_seconds"] = sum(row["seconds"] for row in rows)
+    result = "rmse {rmse:.4f} +- {rmse_std:.4f}, mae {mae:.4f} +- {mae_std:.4f} over {} folds"
+    click.echo(result.format(len(rows), **figures))
+    if metrics is not None:
+        save_json(metrics, figures)
+
+
+def save_json(path, figures):
+    import data
+
+    data.write_file(path, (json.dumps(figures, indent=1, allow_nan=False) + "\n").encode())
+
+
+def save_model(path, members, task, figures):
+    """Write all that predictions need: the members' tables, features, raw ids, options, figures."""
+    import torch
+
+    import data
+
+    content = io.BytesIO()
+    saved = {
+        "params": [params._asdict() for params in members],
+        "features": task.features and [tuple(matrix) for matrix in task.features[:2]],
+        "seen": task.seen,
+        "user_ids": task.ids.users.to_list(),
+        "item_ids": task.ids.items.to_list(),
+        "figures": figures,
+    }
+    torch.save(saved, content)
+    data.write_file(path, content.getvalue())
 
 
 def main():
     """Run the command line; whatever a user can cause ends in one line, with no traceback."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-done is undone
     try:
         cli(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

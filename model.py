@@ -1,14 +1,15 @@
-"""Matrix factorisation with biases: tables of parameters, prediction, loss and its gradient.
+"""Matrix factorisation with biases, from ids alone or from features: prediction, loss, gradient.
 
 >>> import torch
->>> from model import init_params, loss_and_grad, predict
+>>> from model import bounded, init_params, loss_and_grad, predict
 >>> params = init_params(3, 5, n_factors=2, generator=torch.Generator().manual_seed(0))
 >>> users, items, ratings = torch.tensor([0, 2]), torch.tensor([4, 1]), torch.tensor([5.0, 3.0])
->>> loss, grads = loss_and_grad(params, users, items, ratings, y_range=(0, 5.5))
->>> predict(params, torch.tensor([[0], [1]]), torch.arange(5), y_range=(0, 5.5)).shape
+>>> loss, grads = loss_and_grad(params, users, items, ratings, head=bounded(0, 5.5))
+>>> predict(params, torch.tensor([[0], [1]]), torch.arange(5), head=bounded(0, 5.5)).shape
 torch.Size([2, 5])
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,12 +17,15 @@ from torch import Tensor
 
 
 class Params(NamedTuple):
-    """The tables of the model, or anything of their shapes, such as their gradients."""
+    """The tables of the model, or anything of their shapes, such as their gradients.
+
+    With features a row belongs to a feature, not to a user or an item: see `embed`.
+    """
 
     user_factors: Tensor  # (n_users, K)
     item_factors: Tensor  # (n_items, K)
-    user_bias: Tensor  # (n_users,)
-    item_bias: Tensor  # (n_items,)
+    user_bias: Tensor  # (n_users,), or (n_users, Q) for a head of Q > 1 outputs
+    item_bias: Tensor  # (n_items,), or (n_items, Q)
 
 
 def init_params(
@@ -30,6 +34,7 @@ def init_params(
     *,
     n_factors: int,
     generator: torch.Generator,
+    n_outputs: int = 1,
     std: float = 0.01,
     dtype: torch.dtype = torch.float32,
 ) -> Params:
@@ -41,66 +46,227 @@ def init_params(
     for name, count in (("n_users", n_users), ("n_items", n_items), ("n_factors", n_factors)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1, not {count}")
-    shapes = (n_users, n_factors), (n_items, n_factors), (n_users,), (n_items,)
+    outputs = () if n_outputs == 1 else (n_outputs,)
+    shapes = (n_users, n_factors), (n_items, n_factors), (n_users, *outputs), (n_items, *outputs)
     draws = (torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
     return Params(*(draw.fmod_(2).mul_(std) for draw in draws))
 
 
-def predict(params: Params, users: Tensor, items: Tensor, *, y_range: tuple) -> Tensor:
+class Head(NamedTuple):
+    """From the sums z of dot product and biases to ratings, and to a loss of them."""
+
+    n_outputs: int  # Q: z is (...,) for Q = 1, (..., Q) otherwise
+    predict: Callable[[Tensor], Tensor]  # z to ratings (...,)
+    loss_and_grad: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # z, ratings to loss, d/dz
+
+
+def bounded(low: float, high: float) -> Head:
+    """A sigmoid into `y_range = (low, high)` and the mean squared error, as in fastai.
+
+    prediction = low + (high - low) sigmoid(z)
+    d loss / dz = 2 (prediction - rating) (high - low) s (1 - s) / B,  s = sigmoid(z)
+    """
+    span = high - low
+
+    def predict(z: Tensor) -> Tensor:
+        return torch.sigmoid(z) * span + low
+
+    def loss_and_grad(z: Tensor, ratings: Tensor) -> tuple[Tensor, Tensor]:
+        s = torch.sigmoid(z)
+        error = s * span + (low - ratings)
+        return error.dot(error) / len(ratings), error * (s - s * s) * (2 * span / len(ratings))
+
+    return Head(1, predict, loss_and_grad)
+
+
+def ordinal(levels: Sequence[float], shares: Sequence[float]) -> Head:
+    """Q logistic regressions, [rating > level q] for each level but the last, with one dot product.
+
+        prediction = level_0 + sum_q (level_q+1 - level_q) sigmoid(z_q + logit(share_q))
+        loss       = mean over the batch of sum_q binary cross-entropy([rating > level_q])
+        d loss / dz_q = (sigmoid - [rating > level_q]) / B
+
+    `levels` are the Q + 1 values a rating takes, ascending; `shares` the Q shares of training
+    ratings above each, at which the predictions start. Only the biases tell the outputs apart, so
+    that a user may be generous with fives and sparing with threes.
+    Source: Cao, Mirjalili & Raschka 2020, "Rank consistent ordinal regression for neural networks",
+    equations 1 to 4, with biases of users and items in place of the global ones.
+    """
+    if len(levels) < 3 or len(shares) != len(levels) - 1 or list(levels) != sorted(set(levels)):
+        raise ValueError(f"levels {list(levels)} and shares {list(shares)} do not fit")
+    if not all(0 < share < 1 for share in shares):
+        raise ValueError(f"shares must be in (0, 1), not {list(shares)}")
+    base = torch.tensor(shares, dtype=torch.float64).logit()
+    lower = torch.tensor(levels[:-1], dtype=torch.float64)
+    gaps = torch.tensor(levels, dtype=torch.float64).diff()
+
+    def predict(z: Tensor) -> Tensor:
+        return torch.sigmoid(z + base.to(z)) @ gaps.to(z) + levels[0]
+
+    def loss_and_grad(z: Tensor, ratings: Tensor) -> tuple[Tensor, Tensor]:
+        z = z + base.to(z)
+        above = (ratings.unsqueeze(1) > lower.to(z)).to(z)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(z, above, reduction="sum")
+        return loss / len(ratings), (torch.sigmoid(z) - above) / len(ratings)
+
+    return Head(len(shares), predict, loss_and_grad)
+
+
+def predict(
+    params: Params, users: Tensor, items: Tensor, context: Tensor | None = None, *, head: Head
+) -> Tensor:
     """Predicted ratings of pairs of rows: `users` and `items` int64, their shapes broadcast.
 
-        low + (high - low) sigmoid(user_factors . item_factors + user_bias + item_bias)
+        head.predict(user_factors . item_factors + user_bias + item_bias)
 
     (B,) with (B,) gives B pairs; (B, 1) with (n_items,) gives a (B, n_items) matrix, every item
-    for each user, by one matrix product. Source: Koren, Bell & Volinsky 2009, "Matrix factorization
-    techniques for recommender systems", equation 4; the sigmoid into `y_range` is fastai's.
+    for each user, by one matrix product. `context` (B, J) has features of each rating, such as its
+    time, which add to the user's row; their rows are the last J of the user tables.
+    Source: Koren, Bell & Volinsky 2009, "Matrix factorization techniques for recommender systems",
+    equation 4; the sigmoid is fastai's.
     """
-    low, high = y_range
     bias = params.user_bias[users] + params.item_bias[items]
     if users.dim() == 2 and users.shape[1] == 1 and items.dim() == 1:
         dot = params.user_factors[users[:, 0]] @ params.item_factors[items].T
     else:
-        dot = (params.user_factors[users] * params.item_factors[items]).sum(-1)
-    return torch.sigmoid(dot + bias) * (high - low) + low
-
-
-def mse(prediction: Tensor, ratings: Tensor) -> Tensor:
-    """Mean squared error, () of two tensors of one shape.
-
-    Another shape is a ValueError and never broadcast: (B,) against (B, 1) would average over B x B
-    pairs, which trains the biases alone and looks like a result.
-    """
-    if prediction.shape != ratings.shape:
-        raise ValueError(
-            f"the prediction's shape {tuple(prediction.shape)} is not "
-            f"the ratings' shape {tuple(ratings.shape)}"
-        )
-    return (prediction - ratings).square().mean()
+        p = params.user_factors[users]
+        if context is not None:
+            p = p + context @ params.user_factors[-context.shape[1] :]
+            bias = bias + context @ params.user_bias[-context.shape[1] :]
+        dot = (p * params.item_factors[items]).sum(-1)
+    return head.predict(bias + (dot if bias.dim() == dot.dim() else dot.unsqueeze(-1)))
 
 
 def loss_and_grad(
-    params: Params, users: Tensor, items: Tensor, ratings: Tensor, *, y_range: tuple
+    params: Params,
+    users: Tensor,
+    items: Tensor,
+    ratings: Tensor,
+    context: Tensor | None = None,
+    *,
+    head: Head,
+    dropout: float = 0.0,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Params]:
-    """`mse(predict(...), ratings)` of a batch, and its gradient in every table, derived by hand.
+    """The head's loss of a batch, and its gradient in every table, derived by hand.
 
-    `users` and `items` int64 (B,), `ratings` (B,). With s the sigmoid and z the sum inside it,
-    d loss / d z = 2 (prediction - rating) (high - low) s (1 - s) / B, a bias gets this sum over the
-    pairs it takes part in, and a row of factors this times the other side's row.
+    `users` and `items` int64 (B,), `ratings` (B,), `context` (B, J) or None. With dz the head's
+    d loss / dz, a bias gets the sum of dz over the pairs it takes part in, and a row of factors the
+    sum of dz times the other side's row. `dropout` is the share of the K products of each pair left
+    out of its dot product, drawn from `generator`; the rest is scaled up.
+
+    Any other shape is a ValueError and never broadcast: (B,) against (B, 1) would average over
+    B x B pairs, which trains the biases alone and looks like a result.
     """
-    if not users.shape == items.shape == ratings.shape or users.dim() != 1:
+    if not users.shape == items.shape == ratings.shape or users.dim() != 1 or not len(users):
         shapes = ", ".join(str(tuple(t.shape)) for t in (users, items, ratings))
         raise ValueError(f"users, items and ratings must be (B,), not {shapes}")
-    low, high = y_range
     p, q = params.user_factors[users], params.item_factors[items]  # (B, K)
-    z = (p * q).sum(1) + params.user_bias[users] + params.item_bias[items]
-    s = torch.sigmoid(z)
-    error = s * (high - low) + (low - ratings)
-    dz = error * (s - s * s) * (2 * (high - low) / len(ratings))
-    column = dz.unsqueeze(1)
+    bias = params.user_bias[users] + params.item_bias[items]  # (B,) or (B, Q)
+    if context is not None:
+        n_context = context.shape[1]
+        p = p + context @ params.user_factors[-n_context:]
+        bias = bias + context @ params.user_bias[-n_context:]
+    if dropout:
+        # Half the time of bernoulli_.
+        draw = torch.rand(q.shape, generator=generator, dtype=q.dtype)
+        kept = draw.ge_(dropout).div_(1 - dropout)
+        q = q * kept
+    dot = (p * q).sum(1)
+    if bias.dim() == 1:
+        loss, dz = head.loss_and_grad(dot + bias, ratings)
+        column = dz.unsqueeze(1)
+    else:
+        loss, dz = head.loss_and_grad(dot.unsqueeze(1) + bias, ratings)
+        column = dz.sum(1, keepdim=True)
+    dp, dq = q * column, p * column
+    if dropout:
+        dq *= kept
     grads = Params(
-        torch.zeros_like(params.user_factors).index_add_(0, users, q * column),
-        torch.zeros_like(params.item_factors).index_add_(0, items, p * column),
+        torch.zeros_like(params.user_factors).index_add_(0, users, dp),
+        torch.zeros_like(params.item_factors).index_add_(0, items, dq),
         torch.zeros_like(params.user_bias).index_add_(0, users, dz),
         torch.zeros_like(params.item_bias).index_add_(0, items, dz),
     )
-    return error.dot(error) / len(ratings), grads
+    if context is not None:
+        grads.user_factors[-n_context:] += context.T @ dp
+        grads.user_bias[-n_context:] += context.T @ dz
+    return loss, grads
+
+
+def fill_unseen(params: Params, seen_users: Tensor, seen_items: Tensor) -> Params:
+    """Give each row of which training told nothing the mean of the other rows of its table.
+
+    An unseen user then is an average user, an unseen item an average item, where the rows that
+    training left near zero would be a prediction in the middle of `y_range`. `seen_users` bool
+    (n_users,), `seen_items` bool (n_items,); rows beyond these are left alone.
+    """
+
+    def fill(table: Tensor, seen: Tensor) -> Tensor:
+        filled = table.clone()
+        filled[: len(seen)][~seen] = table[: len(seen)][seen].mean(0)
+        return filled
+
+    return Params(
+        fill(params.user_factors, seen_users),
+        fill(params.item_factors, seen_items),
+        fill(params.user_bias, seen_users),
+        fill(params.item_bias, seen_items),
+    )
+
+
+class Features(NamedTuple):
+    """What the rows of both sides are made of: sparse matrices, each a triple of tensors.
+
+    The triple is (starts, columns, values) as in `torch.nn.functional.embedding_bag`: row r has
+    `columns` (int64) and `values` from `starts[r]` to `starts[r + 1]`, (n_rows + 1,) of them.
+    """
+
+    users: tuple[Tensor, Tensor, Tensor]  # (n_users, F)
+    items: tuple[Tensor, Tensor, Tensor]  # (n_items, G)
+    users_transposed: tuple[Tensor, Tensor, Tensor]  # (F, n_users)
+    items_transposed: tuple[Tensor, Tensor, Tensor]  # (G, n_items)
+
+
+def embed(params: Params, features: Features) -> Params:
+    """Tables of users and items from tables of features: a row is the sum of its features' rows.
+
+    `params` has F and G rows, the result n_users and n_items, and is what `predict` takes. With
+    identity matrices the two are the same: a model of ids alone. Source: Rendle 2010,
+    "Factorization machines", without the products inside a side; SVD++ is the case of the user's id
+    and rated items.
+    """
+    return _multiply(features.users, features.items, params)
+
+
+def embedded_loss_and_grad(
+    params: Params, *batch: Tensor, features: Features, **options
+) -> tuple[Tensor, Params]:
+    """`loss_and_grad` of `embed(params, features)`, with the gradient in the features' tables.
+
+    A row is linear in its features' rows, so the gradient comes back through the transpose.
+    """
+    loss, grads = loss_and_grad(embed(params, features), *batch, **options)
+    return loss, _multiply(features.users_transposed, features.items_transposed, grads)
+
+
+def _multiply(users: tuple, items: tuple, params: Params) -> Params:
+    """Both sides' matrices times their tables, factors and biases in one pass over the indices."""
+    tables = []
+    for (starts, columns, values), factors, bias in (
+        (users, params.user_factors, params.user_bias),
+        (items, params.item_factors, params.item_bias),
+    ):
+        n_factors = factors.shape[1]
+        # Twice as fast here as a product of torch's sparse CSR matrix.
+        product = torch.nn.functional.embedding_bag(
+            columns,
+            torch.cat([factors, bias.reshape(len(bias), -1)], 1),
+            starts,
+            mode="sum",
+            per_sample_weights=values,
+            include_last_offset=True,
+        )
+        tables.append((product[:, :n_factors], product[:, n_factors:].reshape(-1, *bias.shape[1:])))
+    (user_factors, user_bias), (item_factors, item_bias) = tables
+    return Params(user_factors, item_factors, user_bias, item_bias)

@@ -17,6 +17,7 @@
 True
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -54,12 +55,16 @@ def count_batches(n_ratings: int, batch_size: int, *, drop_last: bool = False) -
     return max(whole + (rest > 0 and not drop_last), 1)
 
 
+def _count_rows(columns: Sequence[Tensor]) -> int:
+    counts = [len(column) for column in columns]
+    if len(set(counts)) != 1:
+        raise ValueError(f"the columns have {', '.join(map(str, counts))} rows")
+    return counts[0]
+
+
 def fit(
     params: Sequence[Tensor],
-    users: Tensor,
-    items: Tensor,
-    ratings: Tensor,
-    *,
+    *columns: Tensor,
     loss_and_grad: Callable,
     optimizer: tuple[Callable, Callable],
     n_epochs: int,
@@ -67,25 +72,25 @@ def fit(
     generator: torch.Generator,
     drop_last: bool = False,
 ) -> Iterator[Epoch]:
-    """Train on `users`, `items` (int64, (N,)) and `ratings` (N,), yielding after each epoch.
+    """Train on `columns`, such as users, items and ratings, each (N, ...), yielding each epoch.
 
-    An epoch is one permutation of the ratings, drawn from `generator`, cut into batches;
-    `drop_last` leaves out an incomplete last one. `loss_and_grad(params, users, items, ratings)`
-    returns the batch's mean loss and the gradient of each of `params`. `optimizer` is two
+    An epoch is one permutation of the N rows, drawn from `generator`, cut into batches;
+    `drop_last` leaves out an incomplete last one. `loss_and_grad(params, *batch)` returns the
+    batch's mean loss and the gradient of each of `params`. `optimizer` is two
     functions: `init(params)` makes its state, `update_(params, grads, state, step)` changes both.
-    The caller's `params` stay as they are. ValueError when the loss is no longer finite.
+    The caller's `params`, a NamedTuple or a list, stay as they are. Errors come at the first
+    `next`: ValueError for columns of different length, or when the loss is no longer finite.
     """
-    if not len(users) == len(items) == len(ratings):
-        raise ValueError(f"{len(users)} users, {len(items)} items, {len(ratings)} ratings")
-    n_batches = count_batches(len(ratings), batch_size, drop_last=drop_last)
+    n_rows = _count_rows(columns)
+    n_batches = count_batches(n_rows, batch_size, drop_last=drop_last)
     tables = [param.clone() for param in params]
     params = type(params)(*tables) if hasattr(params, "_fields") else tables
     init, update_ = optimizer
     state, step = init(params), 0
     for epoch in range(1, n_epochs + 1):
         start = time.perf_counter()
-        order = torch.randperm(len(ratings), generator=generator)[: n_batches * batch_size]
-        shuffled = (column[order].split(batch_size) for column in (users, items, ratings))
+        order = torch.randperm(n_rows, generator=generator)[: n_batches * batch_size]
+        shuffled = (column[order].split(batch_size) for column in columns)
         total = torch.zeros((), dtype=torch.float64)
         for batch in zip(*shuffled, strict=True):
             loss, grads = loss_and_grad(params, *batch)
@@ -94,31 +99,32 @@ def fit(
             total += loss * len(batch[0])
             step += 1
         train_loss = total.item() / len(order)
-        if not abs(train_loss) < float("inf"):
-            raise ValueError(f"the loss is {train_loss} in epoch {epoch}: the lr is too high")
+        if not math.isfinite(train_loss):
+            raise ValueError(f"the loss is {train_loss} in epoch {epoch}: try a smaller lr")
         yield Epoch(epoch, params, train_loss, time.perf_counter() - start)
 
 
 def evaluate(
-    predict: Callable[[Tensor, Tensor], Tensor],
+    predict: Callable[..., Tensor],
     users: Tensor,
     items: Tensor,
     ratings: Tensor,
-    *,
+    *context: Tensor,
     clip: tuple[float, float] | None = None,
     block: int = 1 << 17,
 ) -> Errors:
-    """Errors of `predict(users, items)` on all of `ratings`, each (N,), in one pass.
+    """Errors of `predict(users, items, *context)` on all of `ratings`, each (N, ...), in one pass.
 
     `clip = (low, high)` bounds the predictions first. Memory is bounded by `block` pairs at a time,
-    sums are in float64. ValueError for no ratings, or a prediction of another shape than (N,).
+    sums are in float64. ValueError for no ratings, a prediction of another shape than (N,), or an
+    error that is not finite.
     """
-    if not len(users) == len(items) == len(ratings) > 0:
-        raise ValueError(f"{len(users)} users, {len(items)} items, {len(ratings)} ratings")
+    if not _count_rows((users, items, ratings, *context)):
+        raise ValueError("there are 0 ratings")
     squared = absolute = 0.0
-    for start in range(0, len(ratings), block):
-        part = slice(start, start + block)
-        prediction, target = predict(users[part], items[part]), ratings[part]
+    columns = (column.split(block) for column in (ratings, users, items, *context))
+    for target, *rows in zip(*columns, strict=True):
+        prediction = predict(*rows)
         if prediction.shape != target.shape:
             shapes = f"{tuple(prediction.shape)}, the ratings' is {tuple(target.shape)}"
             raise ValueError(f"the prediction's shape is {shapes}")
@@ -128,4 +134,6 @@ def evaluate(
         squared += error.dot(error).item()
         absolute += error.abs().sum().item()
     mse = squared / len(ratings)
+    if not math.isfinite(mse):
+        raise ValueError(f"the mean squared error is {mse}")
     return Errors(mse, mse**0.5, absolute / len(ratings))

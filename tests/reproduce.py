@@ -65,7 +65,7 @@ def predict_all_pairs(params, rows, columns, *, y_range):
 
 def predict_columns(params, rows, columns, *, y_range):
     """fastai's model: (B,) predictions, which the author's loop compares with (b, 1) ratings."""
-    return model.predict(params, *columns, y_range=y_range)
+    return model.predict(params, *columns, head=model.bounded(*y_range))
 
 
 def broadcast_loss_and_grad(params, users, items, ratings, *, predict):
@@ -112,7 +112,7 @@ def run(experiment, part, test_part, ids, *, broadcast, n_epochs, seed):
         predict = partial(predict, y_range=y_range)
         loss_and_grad = partial(broadcast_loss_and_grad, predict=predict)
     else:
-        loss_and_grad = partial(model.loss_and_grad, y_range=y_range)
+        loss_and_grad = partial(model.loss_and_grad, head=model.bounded(*y_range))
     if experiment.l2:
         loss_and_grad = with_l2(loss_and_grad, experiment.l2)
     batches = {"batch_size": 64, "drop_last": experiment.drop_last}
@@ -134,7 +134,7 @@ def run(experiment, part, test_part, ids, *, broadcast, n_epochs, seed):
     if broadcast:
         mse = broadcast_mse(epoch.params, test_part, predict=predict)
     else:
-        predict = partial(model.predict, epoch.params, y_range=y_range)
+        predict = partial(model.predict, epoch.params, head=model.bounded(*y_range))
         mse = train.evaluate(predict, *test_part).mse
     return epoch.train_loss, mse
 

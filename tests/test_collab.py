@@ -4,10 +4,13 @@ import re
 import signal
 import subprocess
 import sys
+from functools import cache, partial
 from pathlib import Path
 
+import polars
 import pytest
 import torch
+from click.testing import CliRunner
 
 import collab
 import data
@@ -30,7 +33,9 @@ def test_train_keeps_the_contract(run, tmp_path):
     assert header == "epoch | train_loss | test_mse | test_rmse | test_mae |    time"
     rows = [LINE.fullmatch(line).groups() for line in lines]
     assert {len(line) for line in lines} == {len(header)}
-    assert re.fullmatch(r"ml-100k: from the cache .*\n", done.stderr), "one line, and no bar"
+    source, unseen = done.stderr.splitlines()  # and no bar
+    assert source.startswith("ml-100k: from the cache ")
+    assert unseen == "not in the training part, predicted as average: 0 users, 2 items"
 
     figures = read_json(tmp_path / "m.json")
     assert " ".join(figures) == (
@@ -55,22 +60,20 @@ def test_train_keeps_the_contract(run, tmp_path):
 
 
 def test_the_saved_file_predicts_what_was_reported(run, tmp_path, ratings):
-    run("train", "--save", "m.pt", "--epochs", "2")
+    run("train", "--save", "m.pt", "--epochs", "2", "--ensemble", "2")
     saved = torch.load(tmp_path / "m.pt", weights_only=True)
-    assert sorted(saved) == ["figures", "item_ids", "params", "user_ids"]
-    params = model.Params(**saved["params"])
+    assert sorted(saved) == ["features", "figures", "item_ids", "params", "seen", "user_ids"]
     _, test_part, ids = data.to_tensors(*data.split(ratings, "ua"))
     assert saved["user_ids"] == ids.users.to_list()
     assert saved["item_ids"] == ids.items.to_list()
-    y_range = saved["figures"]["options"]["y_range"]
-    errors = train.evaluate(
-        lambda users, items: model.predict(params, users, items, y_range=y_range),
-        *test_part,
-        clip=(1, 5),
-    )
+    head = model.bounded(*saved["figures"]["options"]["y_range"])
+    members = [model.fill_unseen(model.Params(**p), *saved["seen"]) for p in saved["params"]]
+    predict = partial(collab.predict, members, head=head)
+    errors = train.evaluate(predict, *test_part, clip=(1, 5))
     assert errors.mse == pytest.approx(saved["figures"]["mse"], rel=1e-6)
 
 
+@pytest.mark.usefixtures("ml_100k")
 def test_fastais_result_is_reached(run, tmp_path):
     done = run("train", "--recipe", "fastai", "--seed", 3, "--metrics", "m.json")
     assert done.returncode == 0, done.stderr
@@ -78,60 +81,221 @@ def test_fastais_result_is_reached(run, tmp_path):
     assert 0.888 < figures["mse"] < 0.908
     assert len(figures["epochs"]) == 10
     assert figures["options"] == {
+        "features": ["id"],
+        "loss": "mse",
+        "y_range": [0.0, 5.5],
         "n_factors": 40,
+        "dropout": 0.0,
+        "ensemble": 1,
         "epochs": 10,
         "batch_size": 64,
         "drop_last": True,
         "lr_max": 0.01,
         "weight_decay": 0.1,
         "bias_decay": 0.1,
-        "y_range": [0.0, 5.5],
     }
 
 
 @pytest.fixture(scope="module")
-def one_epoch(ua):
-    """The figures of one short run, with one option or none changed."""
+def prepared(ratings, ml_100k):
+    """The task of a kind of features on ua, made once."""
+    about = {"users": data.read_users(ml_100k), "items": data.read_items(ml_100k)}
+    frames = data.split(ratings, "ua")
 
-    def one_epoch(seed=0, **changed):
-        options = collab.RECIPES["default"] | {"epochs": 1, "batch_size": 2048} | changed
-        *_, (params, row) = collab.fit(*ua, options=options, seed=seed)
-        return params, row["mse"]
+    @cache
+    def prepared(kinds):
+        return collab.prepare(*frames, kinds, **about)
+
+    return prepared
+
+
+@pytest.fixture(scope="module")
+def one_epoch(prepared):
+    """The parameters and the error of one short run, with one option or none changed."""
+
+    def one_epoch(seed=0, recipe="default", **changed):
+        options = collab.RECIPES[recipe] | {"epochs": 1, "batch_size": 2048} | changed
+        *_, (members, row) = collab.fit(prepared(options["features"]), options=options, seed=seed)
+        return members, row["mse"]
 
     return one_epoch
 
 
-def test_the_same_seed_gives_the_same_bits(one_epoch):
-    (first, first_mse), (again, again_mse) = one_epoch(), one_epoch()
+def are_equal(members, others):
+    pairs = zip(members, others, strict=True)
+    return all(
+        torch.equal(a, b) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+@pytest.mark.parametrize("recipe", ["default", "best"])
+def test_the_same_seed_gives_the_same_bits(one_epoch, recipe):
+    (first, first_mse), (again, again_mse) = (one_epoch(recipe=recipe, ensemble=2) for _ in "12")
     assert first_mse == again_mse
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert are_equal(first, again)
+    assert not torch.equal(first[0].user_factors, first[1].user_factors)
+
+
+@pytest.fixture(scope="module")
+def through_click(ml_100k, tmp_path_factory):
+    """The figures of a short `train`, through click but in this process."""
+    path = tmp_path_factory.mktemp("figures") / "m.json"
+
+    def through_click(*arguments):
+        short = ("--epochs", "1", "--batch-size", "4096", "--ensemble", "1")
+        command = ("train", *short, *arguments, "--metrics", str(path))
+        result = CliRunner().invoke(collab.cli, command, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        figures = read_json(path)
+        return [figures[name] for name in ("mse", "rmse", "mae", "n_test")]
+
+    yield through_click
+    torch.set_num_threads(1)
+
+
+CHANGES = [
+    "--seed 1",
+    "--split ub",
+    "--split random",
+    "--holdout 0.2",
+    "--n-factors 5",
+    "--dropout 0.5",
+    "--ensemble 2",
+    "--epochs 2",
+    "--batch-size 1024",
+    "--drop-last",
+    "--lr-max 0.005",
+    "--weight-decay 20",
+    "--bias-decay 20",
+    "--features id,implicit",
+]
 
 
 @pytest.mark.parametrize(
-    "changed",
+    ("recipe", "changed"),
     [
-        {"seed": 1},
-        {"n_factors": 5},
-        {"epochs": 2},
-        {"batch_size": 1024},
-        {"drop_last": True},
-        {"lr_max": 0.02},
-        {"weight_decay": 2.0},
-        {"bias_decay": 2.0},
-        {"y_range": (0.5, 5.5)},
+        *(("default", change) for change in (*CHANGES, "--loss ordinal", "--y-range 0 6")),
+        *(("best", change) for change in CHANGES),
+        ("best", "--features id,implicit,side"),
+        ("best", "--features id,implicit,time"),
+        ("best", "--loss mse --y-range 0 6"),
     ],
-    ids=lambda changed: next(iter(changed)),
 )
-def test_every_option_matters(one_epoch, changed):
-    assert one_epoch(**changed)[1] != one_epoch()[1]
+def test_every_option_matters(through_click, recipe, changed):
+    before = through_click("--recipe", recipe)
+    assert through_click("--recipe", recipe) == before
+    assert through_click("--recipe", recipe, *changed.split(" ")) != before
 
 
-def test_a_rating_out_of_the_y_range_is_refused(ua):
+def test_the_seed_draws_the_random_split_too(through_click):
+    """The same training seed on another tenth, and another seed on the same split, differ."""
+    held = [through_click("--split", "random", "--seed", seed) for seed in "12"]
+    assert held[0] != held[1]
+    folds = [through_click("--holdout", "0.1", "--seed", seed) for seed in "12"]
+    assert folds[0] != folds[1]
+
+
+@pytest.mark.parametrize("threads", [1, os.cpu_count()])
+def test_threads(through_click, threads):
+    through_click("--threads", str(threads))
+    assert torch.get_num_threads() == threads
+
+
+def test_predictions_are_clipped_to_the_training_ratings(prepared):
+    """Not to those of the test part: here it has 1 and 5, the training part has not."""
+    part, test_part, ids, seen, features = prepared(("id",))
+    inner = (part[2] > 1) & (part[2] < 5)
+    task = collab.Task(tuple(c[inner] for c in part), test_part, ids, seen, features)
+    options = collab.RECIPES["default"] | {"epochs": 1}
+    *_, (members, row) = collab.fit(task, options=options, seed=0)
+    head, clip = collab.make_head(task.train[2], options)
+    assert clip == (2, 4)
+    tables = [collab.to_rows(params, task) for params in members]
+    predict = partial(collab.predict, tables, head=head)
+    assert row["mse"] == train.evaluate(predict, *test_part, clip=(2, 4)).mse
+
+
+def test_no_test_rating_reaches_training(ratings, ml_100k):
+    """Turned about, the test ratings leave all that is trained bit for bit the same."""
+    about = {"users": data.read_users(ml_100k), "items": data.read_items(ml_100k)}
+    frame, test = data.split(ratings, "ua")
+    turned = test.with_columns(test["rating"].shuffle(seed=0))
+    options = collab.RECIPES["best"] | {"epochs": 2, "batch_size": 2048}
+    results = []
+    for part in (test, turned):
+        task = collab.prepare(frame, part, options["features"], **about)
+        *_, (members, row) = collab.fit(task, options=options, seed=0)
+        results.append((members, row["mse"]))
+    (first, first_mse), (second, second_mse) = results
+    assert are_equal(first, second)
+    assert first_mse < 0.95 < 1.5 < second_mse
+
+
+def test_a_holdout_never_reads_the_test_part(ratings):
+    frame, test = data.split(ratings, "ua")
+    rest, held = collab.cut(ratings, "ua", seed=3, holdout=0.2)
+    assert polars.concat([rest, held]).sort("user", "item").equals(frame.sort("user", "item"))
+    assert len(held) == 18_114
+    assert not len(held.join(test, on=["user", "item"], how="semi"))
+
+
+def test_an_ensemble_is_better_than_its_members(one_epoch):
+    alone = [one_epoch(seed=seed, epochs=3)[1] for seed in range(2)]
+    _, together = one_epoch(epochs=3, ensemble=4)
+    assert together < min(alone)
+
+
+def test_a_rating_out_of_the_y_range_is_refused(prepared):
     options = collab.RECIPES["default"] | {"y_range": (0, 4.5)}
     with pytest.raises(ValueError, match=r"ratings from 1 to 5 .* y_range 0 to 4\.5"):
-        next(collab.fit(*ua, options=options, seed=0))
+        next(collab.fit(prepared(("id",)), options=options, seed=0))
 
 
+@pytest.mark.usefixtures("ml_100k")
+def test_best_in_short(run, tmp_path):
+    arguments = ("--recipe", "best", "--ensemble", 1, "--epochs", 4, "--holdout", 0.1)
+    done = run("train", *arguments, "--metrics", "m.json", "--save", "m.pt")
+    assert done.returncode == 0, done.stderr
+    figures = read_json(tmp_path / "m.json")
+    assert (figures["holdout"], figures["n_train"], figures["n_test"]) == (0.1, 81_513, 9_057)
+    assert figures["mse"] < 0.76
+    assert "held_mse" in done.stdout
+    assert "0.1 of the training part of ua" in done.stdout.splitlines()[-1]
+    saved = torch.load(tmp_path / "m.pt", weights_only=True)
+    assert len(saved["features"]) == 2
+
+
+@pytest.mark.usefixtures("ml_100k")
+def test_the_unseen_are_counted_and_said(run):
+    done = run("train", "--epochs", 1, "--batch-size", 5000)
+    assert "not in the training part, predicted as average: 0 users, 2 items" in done.stderr
+    assert "nan" not in done.stdout
+
+
+@pytest.mark.usefixtures("ml_100k")
+def test_cross_validation(run, tmp_path):
+    short = ("--epochs", 1, "--batch-size", 2048, "--metrics", "m.json")
+    done = run("cross-validate", "--splits", "u2,u4", *short)
+    assert done.returncode == 0, done.stderr
+    header, *lines, last = done.stdout.splitlines()
+    assert header.split() == ["fold", "|", "test_rmse", "|", "test_mae", "|", "time"]
+    figures = read_json(tmp_path / "m.json")
+    assert [fold["fold"] for fold in figures["folds"]] == ["u2", "u4"]
+    for name in ("rmse", "mae"):
+        values = [fold[name] for fold in figures["folds"]]
+        assert figures[name] == pytest.approx(sum(values) / 2)
+        assert figures[f"{name}_std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+        assert f"{name} {figures[name]:.4f} +- {figures[f'{name}_std']:.4f}" in last
+    for line, fold in zip(lines, figures["folds"], strict=True):
+        assert f"{fold['rmse']:.4f}" in line
+
+    done = run("cross-validate", "--folds", 3, "--seed", 5, *short)
+    assert done.returncode == 0, done.stderr
+    figures = read_json(tmp_path / "m.json")
+    assert [fold["fold"] for fold in figures["folds"]] == ["1/3", "2/3", "3/3"]
+
+
+@pytest.mark.usefixtures("ml_100k")
 @pytest.mark.parametrize("split", ["ub", "u3", "random"])
 def test_every_kind_of_split_trains(run, tmp_path, split):
     arguments = ("--split", split, "--epochs", 1, "--seed", 5)
@@ -141,12 +305,6 @@ def test_every_kind_of_split_trains(run, tmp_path, split):
     assert figures["split"] == split
     assert figures["n_train"] + figures["n_test"] == 100_000
     assert 0.8 < figures["rmse"] < 1.2
-
-
-@pytest.mark.usefixtures("ml_100k")
-def test_threads(run):
-    done = run("train", "--threads", 2, "--epochs", 2, "--batch-size", 50_000)
-    assert done.returncode == 0, done.stderr
 
 
 def test_recipes_have_the_same_options():
@@ -174,11 +332,28 @@ USAGE = {
     "negative decay": ["train", "--weight-decay", "-1"],
     "decay nan": ["train", "--bias-decay", "nan"],
     "decay beyond 1 / lr": ["train", "--lr-max", "0.5", "--weight-decay", "2"],
+    "too many factors": ["train", "--n-factors", "9" * 30],
+    "too many epochs": ["train", "--epochs", "1" + "0" * 400],
+    "too large a batch": ["train", "--batch-size", "9" * 30],
+    "too many threads": ["train", "--threads", "5000"],
+    "one file for both": ["train", "--save", "x", "--metrics", "./x"],
     "range reversed": ["train", "--y-range", "5", "0"],
     "range empty": ["train", "--y-range", "3", "3"],
     "range nan": ["train", "--y-range", "0", "nan"],
     "range inf": ["train", "--y-range", "0", "inf"],
     "range of one": ["train", "--y-range", "5"],
+    "unknown feature": ["train", "--features", "id,age"],
+    "feature twice": ["train", "--features", "id,id"],
+    "no feature": ["train", "--features", ""],
+    "unknown loss": ["train", "--loss", "huber"],
+    "range for ordinal": ["train", "--recipe", "best", "--y-range", "0", "6"],
+    "mse without range": ["train", "--recipe", "best", "--loss", "mse"],
+    "dropout 1": ["train", "--dropout", "1"],
+    "no model": ["train", "--ensemble", "0"],
+    "holdout 0": ["train", "--holdout", "0"],
+    "holdout 1": ["train", "--holdout", "1"],
+    "one fold": ["cross-validate", "--folds", "1"],
+    "unknown fold": ["cross-validate", "--splits", "u1,u7"],
     "negative seed": ["train", "--seed", "-1"],
     "no threads": ["train", "--threads", "0"],
 }
@@ -191,7 +366,8 @@ def test_wrong_usage_exits_2_with_the_value(run, arguments):
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("Error: ")
-    assert arguments[-1] in line or "bound" in line or "requires 2" in line or "a decay" in line
+    words = ("requires 2", "a decay of 2", "--y-range", "''", "both x")
+    assert arguments[-1].split(",")[-1] in line or any(word in line for word in words)
 
 
 def test_no_command_shows_the_help(run):
@@ -234,6 +410,7 @@ def test_a_range_that_cannot_reach_a_rating_is_refused(run, tmp_path):
 def test_no_network_and_no_cache(run, tmp_path):
     done = run("train", "--data-dir", "empty")
     assert_one_line(done, "files.grouplens.org", "recbole==1.2.1 through pip")
+    assert_one_line(run("train", HOME="", XDG_CACHE_HOME=str(tmp_path / "x")), "files.grouplens")
 
 
 @pytest.mark.usefixtures("offline")
@@ -251,11 +428,41 @@ def test_a_broken_cache_without_network_is_said_and_left(run, tmp_path, ml_100k)
 
 
 @pytest.mark.usefixtures("ml_100k")
-def test_too_large_a_model_is_one_line(run):
-    done = run("train", "--n-factors", 10**10)
+def test_no_memory_is_one_line(run, tmp_path):
+    """A limit of the system, where the machine may have any size."""
+    code = (
+        "import resource, runpy, sys, torch, polars; size = 3 << 30;"
+        "resource.setrlimit(resource.RLIMIT_AS, (size, size)); sys.argv = sys.argv[1:];"
+        "sys.path.insert(0, sys.argv[0].rpartition('/')[0]);"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, ROOT / "collab.py", "train", "--n-factors", "65536"]
+    environment = os.environ | {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 1
-    *_, line = done.stderr.splitlines()
-    assert line == "Error: not enough memory for these options"
+    assert done.stderr.splitlines()[-1] == "Error: not enough memory for these options"
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.usefixtures("ml_100k")
+@pytest.mark.parametrize("stream", [1, 2])
+def test_a_closed_stream_is_no_failure(tmp_path, stream):
+    command = (
+        f"'{sys.executable}' '{ROOT / 'collab.py'}' train --epochs 1 --metrics m.json {stream}>&-"
+    )
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert read_json(tmp_path / "m.json")["n_test"] == 9430
+
+
+@pytest.mark.usefixtures("ml_100k")
+def test_a_loss_that_is_not_finite_is_one_line(run, tmp_path):
+    done = run(
+        "train", "--lr-max", "1e38", "--bias-decay", 0, "--weight-decay", 0, "--metrics", "m"
+    )
+    assert done.returncode == 1
+    assert re.fullmatch("Error: the loss is nan in epoch 1: .*", done.stderr.splitlines()[-1])
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.usefixtures("ml_100k")

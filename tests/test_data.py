@@ -1,12 +1,15 @@
 import hashlib
 import http.server
 import io
+import math
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
 import zipfile
+from pathlib import Path
 
 import polars
 import pytest
@@ -133,6 +136,8 @@ def test_any_table_survives_the_way_to_tensors_and_back(tmp_path_factory, pairs,
     [
         ("1\t2\tgood\t4\n", "could not parse"),
         ("1\t2\t3\t4\n1\t\t3\t4\n", "line 2: a value is missing"),
+        ("1\t2\t3\t4\n1\t3\t2\t4\n1\t4\tnan\t4\n", "line 3: .* not finite"),
+        ("1\t2\tinf\t4\n", "line 1: .* not finite"),
         ("", "no ratings"),
     ],
 )
@@ -143,6 +148,167 @@ def test_a_broken_ratings_file_is_one_line(tmp_path, text, message):
         data.read_ratings(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_hold_out_is_a_seeded_share(ratings):
+    rest, held = data.hold_out(ratings, 0.25, seed=1)
+    assert (len(rest), len(held)) == (75_000, 25_000)
+    assert polars.concat([rest, held]).sort("user", "item").equals(ratings.sort("user", "item"))
+    assert data.hold_out(ratings, 0.25, seed=1)[1].equals(held)
+    assert not data.hold_out(ratings, 0.25, seed=2)[1].equals(held)
+
+
+def test_every_rating_is_tested_in_one_fold():
+    table = frame([(user, item, 1 + user % 5) for user in range(20) for item in range(5)][:-1])
+    parts = list(data.fold(table, 7, seed=0))
+    assert sorted(len(test) for _, test in parts) == [14, 14, 14, 14, 14, 14, 15]
+    tested = polars.concat([test for _, test in parts])
+    assert tested.sort("user", "item").equals(table)
+    for train, test in parts:
+        assert polars.concat([train, test]).sort("user", "item").equals(table)
+    with pytest.raises(ValueError, match="99 ratings into 100 folds"):
+        next(data.fold(table, 100, seed=0))
+
+
+# --- features
+
+
+def dense(matrix, n_columns):
+    """A `Sparse` as a list of rows."""
+    rows = []
+    for start, end in zip(matrix.starts[:-1], matrix.starts[1:], strict=True):
+        row = [0.0] * n_columns
+        for column, value in zip(matrix.columns[start:end], matrix.values[start:end], strict=True):
+            row[column] += value.item()
+        rows.append(row)
+    return rows
+
+
+SMALL_TRAIN = frame([(70, 5, 3), (9, 8, 1), (70, 8, 2), (30, 8, 4)])
+SMALL_TEST = frame([(9, 400, 5), (40, 5, 2)])
+SMALL_USERS = polars.DataFrame(
+    {
+        "user": [9, 30, 40, 70],
+        "name": ["Ann", "Bo", "Cy", "Di"],
+        "job": ["cook", "cook", None, "pilot"],
+        "likes": [["tea", "rum"], ["tea"], [], None],
+    }
+)
+
+
+def test_id_and_implicit_features_by_hand():
+    _, _, ids = data.to_tensors(SMALL_TRAIN, SMALL_TEST)
+    users, items, users_t, items_t = data.features(SMALL_TRAIN, ids, ("id", "implicit"))
+    half = pytest.approx(0.5**0.5)
+    # users 9, 30, 40, 70; then the items 5, 8, 400 that they rated in training
+    assert dense(users, 7) == [
+        [1, 0, 0, 0, 0, 1, 0],
+        [0, 1, 0, 0, 0, 1, 0],
+        [0, 0, 1, 0, 0, 0, 0],
+        [0, 0, 0, 1, half, half, 0],
+    ]
+    third = pytest.approx(3**-0.5)
+    assert dense(items, 7) == [
+        [1, 0, 0, 0, 0, 0, 1],
+        [0, 1, 0, third, third, 0, third],
+        [0, 0, 1, 0, 0, 0, 0],
+    ]
+    for matrix, transposed in ((users, users_t), (items, items_t)):
+        rows = dense(matrix, 7)
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        assert dense(transposed, len(rows)) == columns
+
+
+def test_side_and_time_features_by_hand():
+    _, _, ids = data.to_tensors(SMALL_TRAIN, SMALL_TEST)
+    users, items, users_t, _ = data.features(
+        SMALL_TRAIN, ids, ("id", "side", "time"), users=SMALL_USERS
+    )
+    half = pytest.approx(0.5**0.5)
+    # four ids; cook, pilot; rum, tea; then a row and a column for each feature of the time
+    zeros = [0.0] * 4
+    assert dense(users, 12)[:4] == [
+        [1, 0, 0, 0, 1, 0, half, half, *zeros],
+        [0, 1, 0, 0, 1, 0, 0, 1, *zeros],
+        [0, 0, 1, 0, 0, 0, 0, 0, *zeros],
+        [0, 0, 0, 1, 0, 1, 0, 0, *zeros],
+    ]
+    context = [[0.0] * 8 + [float(i == j) for j in range(4)] for i in range(4)]
+    assert dense(users, 12)[4:] == context
+    assert len(users_t.starts) == 13
+    assert len(items.starts) == 4, "nothing is told of items: their ids alone"
+
+
+def test_numbers_are_described_by_tenths():
+    ages = polars.DataFrame({"user": range(100), "age": range(100), "stars": [1, 2] * 50})
+    told = data.describe(ages, "user").sort("user", "feature")
+    assert told["value"].to_list() == [1.0] * 200
+    assert told.filter(polars.col("feature") < 10)["feature"].to_list() == [
+        user // 10 for user in range(100)
+    ]
+    assert told.filter(polars.col("feature") >= 10)["feature"].to_list() == [10, 11] * 50
+
+
+def test_nothing_told_is_no_feature():
+    _, _, ids = data.to_tensors(SMALL_TRAIN, SMALL_TEST)
+    names = SMALL_USERS.select("user", "name")
+    assert len(data.describe(names, "user")) == 0
+    users, *_ = data.features(SMALL_TRAIN, ids, ("id", "side"), users=names)
+    assert dense(users, 4) == [[float(i == j) for j in range(4)] for i in range(4)]
+    with pytest.raises(ValueError, match="the features side say nothing of the users"):
+        data.features(SMALL_TRAIN, ids, ("side",), users=names)
+
+
+def test_what_training_tells_of():
+    part, _, ids = data.to_tensors(SMALL_TRAIN, SMALL_TEST)
+    seen = data.find_seen(part, ids)
+    assert [mask.tolist() for mask in seen] == [[True, True, False, True], [True, True, False]]
+    seen, _ = data.find_seen(part, ids, users=SMALL_USERS)
+    assert seen.all()
+
+
+def test_time_context_is_the_formula():
+    """Against the double loop over one user's ratings, ties and a gap of a year among them."""
+    times = [50, 50, 53, 400, 40_000_000, 40_000_001, 52]
+    rows = [(1, item, 1 + item % 5) for item in range(7)]
+    rows += [(2, item, 1 + (item * 3) % 5) for item in range(0, 7, 2)]
+    table = frame(rows).with_columns(timestamp=polars.Series([*times, 50, 60, 70, 80]))
+    test = table[[2, 9]]
+    train = table.filter(~polars.int_range(polars.len()).is_in([2, 9]))
+    context, test_context = data.time_context(train, test)
+    mean = train["rating"].mean()
+    excess = {}
+    for item, part in train.group_by("item"):
+        excess[item[0]] = ((part["rating"] - mean).sum()) / (len(part) + 5)
+    for part, got in ((train, context), (test, test_context)):
+        for (user, item, _, time_), row in zip(part.iter_rows(), got.tolist(), strict=True):
+            others = [
+                (r - mean - excess[i], t)
+                for u, i, r, t in train.iter_rows()
+                if u == user and i != item
+            ]
+            usual = sum(e for e, _ in others) / (len(others) + 1)
+            for tau, value in zip(data.TIME_SCALES, row, strict=True):
+                weights = [math.exp(-abs(t - time_) / tau) for _, t in others]
+                pairs = zip(weights, others, strict=True)
+                total = sum(weight * (e - usual) for weight, (e, _) in pairs)
+                assert value == pytest.approx(total / (10 + sum(weights)), abs=1e-6)
+
+
+def test_features_never_read_a_test_rating(ratings, ml_100k):
+    train, test = data.split(ratings, "ua")
+    turned = test.with_columns(rating=6 - polars.col("rating"))
+    for ours, theirs in zip(
+        data.time_context(train, test), data.time_context(train, turned), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_path_is_no_pattern(tmp_path):
+    for name, rating in (("d*", 3), ("dx", 5)):
+        (tmp_path / name).mkdir()
+        data.write_ratings(frame([(1, 2, rating)]), tmp_path / name / "u.data")
+    assert data.read_ratings(tmp_path / "d*" / "u.data")["rating"].to_list() == [3]
 
 
 # --- writing
@@ -163,6 +329,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     data.write_file(path, b"old")
     with pytest.raises(TypeError):
         data.write_file(path, "no bytes")
+    with pytest.raises(OSError, match=r"^/dev/full cannot be written: No space left"):
+        data.write_file(Path("/dev/full"), b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -180,8 +348,17 @@ def test_stdout_is_written_to_not_replaced(tmp_path, is_file):
 
 def test_what_cannot_be_written_is_named(tmp_path):
     data.check_writable(tmp_path / "new")
+    data.check_writable(tmp_path / ("n" * 255))
     assert os.listdir(tmp_path) == []
-    for path in (tmp_path, tmp_path / "missing" / "file"):
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "socket"))
+    listener.close()
+    for path in (
+        tmp_path,
+        tmp_path / "missing" / "file",
+        tmp_path / "socket",
+        tmp_path / ("n" * 300),
+    ):
         with pytest.raises(OSError, match=f"^{path} cannot be written: "):
             data.check_writable(path)
 
@@ -218,11 +395,15 @@ def serve():
     """Serve one answer: `serve(content, length=..., status=..., pause=...)` returns its URL."""
     servers, over = [], threading.Event()
 
-    def serve(content=b"", length=None, status=200, pause=0.0, drip=False):
+    def serve(content=b"", length=None, status=200, pause=0.0, drip=False, head=b""):
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
                 server.n_requests += 1
                 over.wait(pause)
+                for byte in head:
+                    if over.wait(0.02):
+                        return
+                    self.wfile.write(bytes([byte]))
                 self.send_response(status)
                 self.send_header("Content-Length", str(length or len(content)))
                 self.end_headers()
@@ -293,12 +474,13 @@ ESCAPES = {"../../escaped": b"x", "/tmp/ml-100k-escaped": b"x", "ml-100k/../../e
         (lambda zip_: {"content": b"", "status": 404}, "HTTP 404 Not Found"),
         (lambda zip_: {"content": zip_, "pause": 9.0}, "no answer in 0.3 s"),
         (lambda zip_: {"content": zip_, "drip": True}, "not all in 3.6 s"),
+        (lambda zip_: {"content": zip_, "head": b"HTTP/1.1 200 OK" + b" " * 999}, "not all in 3.6"),
     ],
-    ids=["truncated", "wrong checksum", "404", "hangs", "drips"],
+    ids=["truncated", "wrong checksum", "404", "hangs", "drips", "drips its head"],
 )
 def test_a_bad_answer_is_one_line_and_keeps_nothing(tmp_path, serve, good_zip, answer, message):
     start = time.monotonic()
-    with pytest.raises(OSError, match=r"can't be had: 127\.0\.0\.1: ") as caught:
+    with pytest.raises(OSError, match=r"can't be had: http://127\.0\.0\.1:") as caught:
         get(tmp_path, serve(**answer(good_zip)), good_zip, timeout=0.3)
     assert message in str(caught.value)
     assert "recbole==1.2.1 through pip: " in str(caught.value)
@@ -341,7 +523,7 @@ def test_ratings_that_are_not_the_published_ones_are_refused(tmp_path, serve, go
         members = {name: archive.read(name) for name in archive.namelist()}
     members["ml-100k/u.data"] = members["ml-100k/u.data"].replace(b"\t5\t", b"\t1\t", 1)
     content = zipped(members)
-    with pytest.raises(OSError, match=r"u.data from http.* failed its checksum; nothing was kept"):
+    with pytest.raises(OSError, match=r"zip: u.data failed its checksum; recbole==1.2.1 through"):
         get(tmp_path, serve(content), content)
     assert os.listdir(tmp_path / "ml-100k") == []
 
@@ -349,13 +531,14 @@ def test_ratings_that_are_not_the_published_ones_are_refused(tmp_path, serve, go
 def test_the_package_gives_the_same_files(tmp_path, ml_100k, serve):
     """Through the real pip and whatever index it is set up for."""
     try:
-        folder, line = get(tmp_path, serve(status=404))
+        url = serve(status=404)
+        folder, line = get(tmp_path, url)
     except OSError as error:
         if os.environ.get("CI"):
             raise
         pytest.skip(f"no package index: {error}")
     assert line == (
-        f"ml-100k: 127.0.0.1: HTTP 404 Not Found; from recbole==1.2.1 through pip, kept in {folder}"
+        f"ml-100k: {url}: HTTP 404 Not Found; from recbole==1.2.1 through pip, kept in {folder}"
     )
     for name in data.ML_100K_FILES:
         assert (folder / name).read_bytes() == (ml_100k / name).read_bytes()

@@ -1,9 +1,12 @@
+from functools import partial
+
 import pytest
 import torch
 
 import model
 
-Y_RANGE = (0.5, 5.5)
+HEAD = model.bounded(0.5, 5.5)
+ORDINAL = model.ordinal([1, 2, 3.5, 4, 5], [0.9, 0.8, 0.5, 0.2])
 
 
 @pytest.fixture
@@ -54,47 +57,173 @@ def test_prediction_is_the_formula(params):
     z = sum(a * b for a, b in zip(p, q, strict=True))
     z += params.user_bias[user].item() + params.item_bias[item].item()
     expected = 0.5 + 5 / (1 + 2.718281828459045**-z)
-    got = model.predict(params, torch.tensor([user]), torch.tensor([item]), y_range=Y_RANGE)
+    got = model.predict(params, torch.tensor([user]), torch.tensor([item]), head=HEAD)
     assert got.tolist() == pytest.approx([expected], rel=1e-12)
 
 
 @pytest.mark.parametrize("n_users", [1, 2, 6])
 def test_prediction_broadcasts(params, n_users):
     every = torch.arange(9)
-    got = model.predict(params, torch.arange(n_users).unsqueeze(1), every, y_range=Y_RANGE)
+    got = model.predict(params, torch.arange(n_users).unsqueeze(1), every, head=HEAD)
     assert got.shape == (n_users, 9)
     for user in range(n_users):
-        pairs = model.predict(params, torch.full((9,), user), every, y_range=Y_RANGE)
+        pairs = model.predict(params, torch.full((9,), user), every, head=HEAD)
         torch.testing.assert_close(got[user], pairs, rtol=0, atol=1e-12)
     # A column of items against a row of users goes through the other branch.
     users = torch.arange(n_users)
-    other = model.predict(params, users, every.unsqueeze(1), y_range=Y_RANGE)
+    other = model.predict(params, users, every.unsqueeze(1), head=HEAD)
     torch.testing.assert_close(other.T, got, rtol=0, atol=1e-12)
 
 
-def test_gradient_is_autograds(params, batch):
-    leaves = model.Params(*(param.clone().requires_grad_() for param in params))
+def sparse(matrix):
+    """The triple of a dense matrix."""
+    rows, columns = matrix.nonzero(as_tuple=True)
+    starts = torch.searchsorted(rows, torch.arange(len(matrix) + 1))
+    return starts, columns, matrix[rows, columns]
+
+
+def bounded_loss(z, ratings):
+    return torch.nn.functional.mse_loss(HEAD.predict(z), ratings)
+
+
+def ordinal_loss(z, ratings):
+    """The negative log-likelihood of Q independent coins, written out."""
+    total = 0.0
+    for q, (level, share) in enumerate(zip([1, 2, 3.5, 4], [0.9, 0.8, 0.5, 0.2], strict=True)):
+        p = 1 / (1 + torch.exp(-(z[:, q] + torch.logit(torch.tensor(share, dtype=torch.float64)))))
+        total = total - torch.where(ratings > level, p, 1 - p).log().mean()
+    return total
+
+
+def make_params(n_users, n_items, head):
+    generator = torch.Generator().manual_seed(1)
+    options = {"n_factors": 3, "n_outputs": head.n_outputs, "std": 1.0, "dtype": torch.float64}
+    return model.init_params(n_users, n_items, generator=generator, **options)
+
+
+def sums(params, users, items, context=None, kept=1.0):
+    """Dot product and biases of pairs, written without any of the model's functions."""
+    p, b = params.user_factors[users], params.user_bias[users]
+    if context is not None:
+        p = p + context @ params.user_factors[-2:]
+        b = b + context @ params.user_bias[-2:]
+    dot = (p * params.item_factors[items] * kept).sum(1)
+    bias = b + params.item_bias[items]
+    return bias + (dot if bias.dim() == 1 else dot.unsqueeze(1))
+
+
+HEADS = pytest.mark.parametrize(
+    ("head", "loss"), [(HEAD, bounded_loss), (ORDINAL, ordinal_loss)], ids=["bounded", "ordinal"]
+)
+
+
+@HEADS
+@pytest.mark.parametrize("has_context", [False, True])
+@pytest.mark.parametrize("has_features", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradient_is_autograds(batch, head, loss, has_context, has_features, dropout):
     users, items, ratings = batch
-    expected = model.mse(model.predict(leaves, users, items, y_range=Y_RANGE), ratings)
-    expected.backward()
-    loss, grads = model.loss_and_grad(params, *batch, y_range=Y_RANGE)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-14)
+    generator = torch.Generator().manual_seed(2)
+    context = torch.randn(len(users), 2, generator=generator).double() if has_context else None
+    kept = 1.0
+    if dropout:
+        draw = torch.rand((7, 3), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        kept = (draw >= dropout).double() / (1 - dropout)
+    ours, dense = model.loss_and_grad, None
+    params = make_params(8, 9, head)
+    if has_features:
+        dense = [torch.randn(shape, generator=generator) for shape in ((8, 4), (9, 5))]
+        dense = [(matrix * (matrix > 0)).double() for matrix in dense]
+        matrices = [sparse(m) for m in dense] + [sparse(m.T) for m in dense]
+        ours = partial(model.embedded_loss_and_grad, features=model.Features(*matrices))
+        params = make_params(4, 5, head)
+
+    def expected(leaves):
+        if dense is not None:
+            x, y = dense
+            p, q, b, c = leaves
+            leaves = model.Params(x @ p, y @ q, x @ b, y @ c)
+        return loss(sums(leaves, users, items, context, kept), ratings)
+
+    leaves = model.Params(*(param.clone().requires_grad_() for param in params))
+    wanted = expected(leaves)
+    wanted.backward()
+    got, grads = ours(
+        params,
+        *(users, items, ratings, context),
+        head=head,
+        dropout=dropout,
+        generator=torch.Generator().manual_seed(3),
+    )
+    assert got.item() == pytest.approx(wanted.item(), rel=1e-12)
     for name, grad, leaf in zip(params._fields, grads, leaves, strict=True):
-        torch.testing.assert_close(grad, leaf.grad, rtol=1e-12, atol=1e-14, msg=name)
+        torch.testing.assert_close(grad, leaf.grad, rtol=1e-11, atol=1e-13, msg=name)
 
 
 def test_gradient_changes_nothing(params, batch):
     before = [param.clone() for param in params]
-    model.loss_and_grad(params, *batch, y_range=Y_RANGE)
+    model.loss_and_grad(params, *batch, head=HEAD)
     assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
 
 
 def test_shapes_are_never_broadcast(params, batch):
     users, items, ratings = batch
-    prediction = model.predict(params, users, items, y_range=Y_RANGE)
-    with pytest.raises(ValueError, match=r"\(7,\) is not the ratings' shape \(7, 1\)"):
-        model.mse(prediction, ratings.unsqueeze(1))
     with pytest.raises(ValueError, match=r"must be \(B,\), not \(7,\), \(7,\), \(7, 1\)"):
-        model.loss_and_grad(params, users, items, ratings.unsqueeze(1), y_range=Y_RANGE)
+        model.loss_and_grad(params, users, items, ratings.unsqueeze(1), head=HEAD)
     with pytest.raises(ValueError, match=r"must be \(B,\), not \(7, 1\), \(7,\), \(7,\)"):
-        model.loss_and_grad(params, users.unsqueeze(1), items, ratings, y_range=Y_RANGE)
+        model.loss_and_grad(params, users.unsqueeze(1), items, ratings, head=HEAD)
+    with pytest.raises(ValueError, match=r"must be \(B,\), not \(0,\), \(0,\), \(0,\)"):
+        model.loss_and_grad(params, users[:0], items[:0], ratings[:0], head=HEAD)
+
+
+def test_identity_features_are_ids(params, batch):
+    """Bit for bit: the model of ids alone is the case 'identity matrix'."""
+    matrices = [sparse(torch.eye(n, dtype=torch.float64)) for n in (6, 9, 6, 9)]
+    features = model.Features(*matrices)
+    for ours, theirs in zip(model.embed(params, features), params, strict=True):
+        assert torch.equal(ours, theirs)
+    loss, grads = model.loss_and_grad(params, *batch, head=HEAD)
+    same_loss, same = model.embedded_loss_and_grad(params, *batch, features=features, head=HEAD)
+    assert loss == same_loss
+    assert all(torch.equal(a, b) for a, b in zip(grads, same, strict=True))
+
+
+def test_the_ordinal_prediction_is_the_expected_level():
+    head = model.ordinal([1, 2, 4], [0.75, 0.25])
+    assert head.predict(torch.zeros(3, 2)).tolist() == pytest.approx([1 + 0.75 + 2 * 0.25] * 3)
+    sure = head.predict(torch.tensor([[50.0, 50.0], [50.0, -50.0], [-50.0, -50.0]]))
+    assert sure.tolist() == pytest.approx([4, 2, 1])
+
+
+@pytest.mark.parametrize(
+    ("levels", "shares"),
+    [([1, 2], [0.5]), ([1, 2, 3], [0.5]), ([1, 3, 2], [0.5, 0.2]), ([1, 2, 3], [1.0, 0.2])],
+)
+def test_levels_and_shares_that_do_not_fit(levels, shares):
+    with pytest.raises(ValueError, match="shares"):
+        model.ordinal(levels, shares)
+
+
+def test_unseen_rows_are_the_mean_of_the_seen(params):
+    seen_users = torch.tensor([True, True, False, True, True, True])
+    filled = model.fill_unseen(params, seen_users, torch.ones(9, dtype=torch.bool))
+    assert torch.equal(filled.user_factors[2], params.user_factors[seen_users].mean(0))
+    assert torch.equal(filled.user_bias[2], params.user_bias[seen_users].mean(0))
+    assert torch.equal(filled.user_factors[seen_users], params.user_factors[seen_users])
+    assert torch.equal(filled.item_factors, params.item_factors)
+    assert not torch.equal(params.user_factors[2], filled.user_factors[2]), "pure"
+
+
+def test_context_adds_to_the_users_row(params):
+    """The last rows of the user tables belong to the context's features."""
+    users, items = torch.tensor([0, 1]), torch.tensor([3, 4])
+    context = torch.tensor([[0.0, 2.0], [0.0, 0.0]], dtype=torch.float64)
+    without = model.predict(params, users, items, head=HEAD)
+    got = model.predict(params, users, items, context, head=HEAD)
+    changed = params.user_factors.clone()
+    changed[0] += 2 * params.user_factors[5]
+    bias = params.user_bias.clone()
+    bias[0] += 2 * params.user_bias[5]
+    moved = params._replace(user_factors=changed, user_bias=bias)
+    assert got[1] == without[1]
+    assert torch.equal(got, model.predict(moved, users, items, head=HEAD))

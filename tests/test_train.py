@@ -8,6 +8,7 @@ import model
 import schedule
 import train
 
+HEAD = model.bounded(0, 5.5)
 ROWS = torch.arange(10)
 RATINGS = torch.arange(10, dtype=torch.float32)
 
@@ -88,7 +89,7 @@ def fit_model(part, ids, seed=0, n_epochs=1, lr_max=0.01):
     epochs = train.fit(
         start,
         *part,
-        loss_and_grad=lambda *batch: model.loss_and_grad(*batch, y_range=(0, 5.5)),
+        loss_and_grad=lambda *batch: model.loss_and_grad(*batch, head=HEAD),
         optimizer=schedule.adamw(schedule.constant(lr=lr_max)),
         n_epochs=n_epochs,
         batch_size=1024,
@@ -125,7 +126,7 @@ def test_training_learns(ua):
     part, test_part, ids = ua
     start, trained, _ = fit_model(part, ids, n_epochs=2)
     errors = [
-        train.evaluate(lambda *rows, p=p: model.predict(p, *rows, y_range=(0, 5.5)), *test_part).mse
+        train.evaluate(lambda *rows, p=p: model.predict(p, *rows, head=HEAD), *test_part).mse
         for p in (start, trained)
     ]
     assert errors[0] > 1.5
@@ -139,7 +140,7 @@ def test_a_loss_that_is_not_finite_is_an_error(ua):
 
 
 def test_columns_of_different_length():
-    with pytest.raises(ValueError, match="10 users, 10 items, 9 ratings"):
+    with pytest.raises(ValueError, match="the columns have 10, 10, 9 rows"):
         next(
             train.fit(
                 [torch.zeros(())],
@@ -176,6 +177,45 @@ def test_errors_are_numpys(block):
     got = evaluate(PREDICTION, block=block, clip=(1, 5))
     assert got.mse == pytest.approx((clipped**2).mean())
     assert got.mae == pytest.approx(abs(clipped).mean())
+
+
+def test_evaluation_is_in_blocks():
+    sizes = []
+
+    def predict(users, items):
+        sizes.append(len(users))
+        return torch.ones(len(users))
+
+    train.evaluate(predict, ROWS, ROWS, RATINGS, block=4)
+    assert sizes == [4, 4, 2]
+
+
+def test_seconds_are_of_training_alone(monkeypatch):
+    """On a clock that the caller moves on between the epochs."""
+    now = 0.0
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now)
+
+    def loss_and_grad(params, rows):
+        nonlocal now
+        now += 1
+        return torch.zeros(()), [torch.zeros(())]
+
+    for epoch in train.fit(
+        [torch.zeros(())],
+        ROWS,
+        loss_and_grad=loss_and_grad,
+        optimizer=(lambda params: None, lambda *changed: None),
+        n_epochs=3,
+        batch_size=4,
+        generator=torch.Generator(),
+    ):
+        now += 100  # the caller's evaluation
+        assert epoch.seconds == 3
+
+
+def test_an_error_that_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="the mean squared error is nan"):
+        train.evaluate(lambda users, items: torch.full((10,), math.nan), ROWS, ROWS, RATINGS)
 
 
 def test_no_prediction_is_bent_to_shape():

@@ -42,14 +42,15 @@ def main(file, trials, split):
     folder = data.get_ml_100k(notice=lambda line: click.echo(line, err=True))
     base, _ = data.split(data.read_ratings(folder / "u.data"), split)
     seeds = (0, 1)
-    parts = [data.to_tensors(*data.split(base, "random", seed=seed)) for seed in seeds]
+    tasks = [collab.prepare(*data.hold_out(base, 0.1, seed=seed), ("id",)) for seed in seeds]
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     for number in range(len(done), trials):
         draw = random.Random(number)
-        options = {name: draw.choice(values) for name, values in GRID.items()}
+        drawn = {name: draw.choice(values) for name, values in GRID.items()}
+        options = collab.RECIPES["default"] | drawn
         last = []
-        for part, seed in zip(parts, seeds, strict=True):
-            *_, (_, row) = collab.fit(*part, options=options, seed=seed)
+        for task, seed in zip(tasks, seeds, strict=True):
+            *_, (_, row) = collab.fit(task, options=options, seed=seed)
             last.append(row["mse"])
         done.append({"mse": sum(last) / len(last), "options": options})
         with file.open("a") as lines:
