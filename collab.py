@@ -12,6 +12,7 @@ import signal
 import statistics
 import sys
 import time
+import zipfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -56,15 +57,15 @@ RECIPES = {
         "features": ("id", "implicit", "side", "time"),
         "loss": "ordinal",
         "y_range": None,
-        "n_factors": 24,
-        "dropout": 0.2,
+        "n_factors": 32,
+        "dropout": 0.1,
         "ensemble": 5,
-        "epochs": 12,
+        "epochs": 16,
         "batch_size": 1024,
         "drop_last": False,
         "lr_max": 0.015,
-        "weight_decay": 0.8,
-        "bias_decay": 0.1,
+        "weight_decay": 1.0,
+        "bias_decay": 0.2,
     },
 }
 
@@ -95,23 +96,27 @@ def prepare(train, test, kinds, *, users=None, items=None):
     return Task(part, test_part, ids, data.find_seen(data.Part(*part[:3]), ids, **about), features)
 
 
-def make_head(ratings, options):
-    """The `model.Head` for `options["loss"]`, and the range of `ratings`, the training part's.
+def choose_head(ratings, options):
+    """Name and arguments of the `model.Head` for `options["loss"]` and the training `ratings`.
 
     ValueError when a rating lies outside `y_range`: no prediction could reach it.
     """
-    import model
-
-    low, high = ratings.min().item(), ratings.max().item()
     if options["loss"] == "ordinal":
         levels = ratings.unique()
         shares = [(ratings > level).double().mean().item() for level in levels[:-1]]
-        return model.ordinal(levels.tolist(), shares), (low, high)
-    y_range = options["y_range"]
-    if low < y_range[0] or high > y_range[1]:
+        return "ordinal", (levels.tolist(), shares)
+    low, high = options["y_range"]
+    if ratings.min() < low or ratings.max() > high:
         text = "ratings from {:g} to {:g} are not all within y_range {:g} to {:g}"
-        raise ValueError(text.format(low, high, *y_range))
-    return model.bounded(*y_range), (low, high)
+        raise ValueError(text.format(ratings.min(), ratings.max(), low, high))
+    return "bounded", (low, high)
+
+
+def make_head(name, arguments):
+    """The `model.Head` that `choose_head` has named."""
+    import model
+
+    return {"bounded": model.bounded, "ordinal": model.ordinal}[name](*arguments)
 
 
 def fit(task, *, options, seed):
@@ -126,9 +131,10 @@ def fit(task, *, options, seed):
     import schedule
     import train
 
-    head, clip = make_head(task.train[2], options)
+    ratings = task.train[2]
+    head, clip = make_head(*choose_head(ratings, options)), (ratings.min(), ratings.max())
     batches = {"batch_size": options["batch_size"], "drop_last": options["drop_last"]}
-    n_steps = options["epochs"] * train.count_batches(len(task.train[2]), **batches)
+    n_steps = options["epochs"] * train.count_batches(len(ratings), **batches)
     decay, bias_decay = options["weight_decay"], options["bias_decay"]
     sizes = len(task.ids.users), len(task.ids.items)
     loss_and_grad = model.loss_and_grad
@@ -162,7 +168,11 @@ def fit(task, *, options, seed):
     for epochs in zip(*map(member, range(options["ensemble"])), strict=True):
         start = time.perf_counter()
         tables = [to_rows(epoch.params, task) for epoch in epochs]
-        errors = train.evaluate(partial(predict, tables, head=head), *task.test, clip=clip)
+        errors = train.evaluate(
+            lambda *rows, tables=tables: predict(tables, *rows, head=head)[0],
+            *task.test,
+            clip=clip,
+        )
         yield (
             [epoch.params for epoch in epochs],
             {
@@ -187,12 +197,16 @@ def to_rows(params, task):
 
 
 def predict(members, *rows, head):
-    """The mean of the members' predictions."""
+    """Mean and standard deviation of the members' predictions of pairs, as `model.predict` does.
+
+    The deviation says how much the models of the ensemble disagree; it is 0 for a single one.
+    """
     import torch
 
     import model
 
-    return torch.stack([model.predict(params, *rows, head=head) for params in members]).mean(0)
+    predictions = torch.stack([model.predict(params, *rows, head=head) for params in members])
+    return predictions.mean(0), predictions.std(0, correction=0)
 
 
 def cut(ratings, split, *, seed, holdout=None):
@@ -207,11 +221,13 @@ def cut(ratings, split, *, seed, holdout=None):
 
 
 def describe_unseen(task):
-    """One line on the rows that will be predicted as the average user or item, or None."""
-    counts = [int((~seen).sum()) for seen in task.seen]
+    """One line on the users and items without training ratings, or None where all have some."""
+    pairs = zip(task.ids, task.train[:2], strict=True)
+    counts = [len(raw_ids) - len(rows.unique()) for raw_ids, rows in pairs]
     if not any(counts):
         return None
-    return "not in the training part, predicted as average: {} users, {} items".format(*counts)
+    how = "by their features" if all(seen.all() for seen in task.seen) else "as average"
+    return "without training ratings: {} users, {} items; predicted {}".format(*counts, how)
 
 
 def _finite(context, parameter, value):
@@ -390,7 +406,10 @@ def train_command(dataset, data_dir, split, holdout, recipe, seed, threads, save
         "evaluate_seconds": evaluate_seconds,
         "load_seconds": load_seconds,
     }
-    where = split if holdout is None else f"{holdout:g} of the training part of {split}"
+    where = split
+    if holdout is not None:
+        figures["holdout"] = holdout
+        where = f"{holdout:g} of the training part of {split}"
     result = (
         "{} mse {mse:.4f}, rmse {rmse:.4f}, mae {mae:.4f} on {}, trained in {fit_seconds:.2f} s"
     )
@@ -398,7 +417,7 @@ def train_command(dataset, data_dir, split, holdout, recipe, seed, threads, save
     if save is not None:
         save_model(save, members, task, figures)
     if metrics is not None:
-        save_json(metrics, figures if holdout is None else figures | {"holdout": holdout})
+        save_json(metrics, figures)
 
 
 def show_epochs(epochs, n_epochs):
@@ -448,6 +467,8 @@ def cross_validate_command(
     rows = []
     for name, frames in parts:
         task = prepare(*frames, options["features"], users=users, items=items)
+        if unseen := describe_unseen(task):
+            _notice(f"{name}: {unseen}")
         seconds = 0.0
         for _, row in fit(task, options=options, seed=seed):
             seconds += row["seconds"]
@@ -479,6 +500,9 @@ def save_json(path, figures):
     data.write_file(path, (json.dumps(figures, indent=1, allow_nan=False) + "\n").encode())
 
 
+FORMAT = "collab 1"  # of a saved model
+
+
 def save_model(path, members, task, figures):
     """Write all that predictions need: the members' tables, features, raw ids, options, figures."""
     import torch
@@ -487,15 +511,52 @@ def save_model(path, members, task, figures):
 
     content = io.BytesIO()
     saved = {
+        "format": FORMAT,
         "params": [params._asdict() for params in members],
         "features": task.features and [tuple(matrix) for matrix in task.features[:2]],
         "seen": task.seen,
         "user_ids": task.ids.users.to_list(),
         "item_ids": task.ids.items.to_list(),
+        "head": choose_head(task.train[2], figures["options"]),
         "figures": figures,
     }
     torch.save(saved, content)
     data.write_file(path, content.getvalue())
+
+
+class Model(NamedTuple):
+    """A saved model, ready for `predict`."""
+
+    members: list  # model.Params with a row a user and a row an item
+    head: tuple  # model.Head
+    user_ids: list  # raw ids by row
+    item_ids: list
+    figures: dict  # what `train --metrics` wrote
+
+
+def load_model(path):
+    """Read what `train --save` wrote. ValueError, naming the file, for anything else."""
+    import torch
+
+    import model
+
+    with open(path, "rb") as file:
+        try:
+            if not zipfile.is_zipfile(file):  # torch's older formats are plain pickles
+                raise ValueError("no zip file")
+            saved = torch.load(path, weights_only=True)
+            if saved["format"] != FORMAT:
+                raise ValueError(f"format {saved['format']!r}, not {FORMAT!r}")
+            members = [model.Params(**params) for params in saved["params"]]
+        except Exception as error:  # whatever a file from elsewhere makes torch raise
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{path}: not a model of this program: {line}") from None
+    if saved["features"] is not None:
+        features = model.Features(*saved["features"], None, None)
+        members = [model.embed(params, features) for params in members]
+    members = [model.fill_unseen(params, *saved["seen"]) for params in members]
+    names = ("user_ids", "item_ids", "figures")
+    return Model(members, make_head(*saved["head"]), *(saved[name] for name in names))
 
 
 def main():

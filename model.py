@@ -125,16 +125,18 @@ def predict(
     Source: Koren, Bell & Volinsky 2009, "Matrix factorization techniques for recommender systems",
     equation 4; the sigmoid is fastai's.
     """
-    bias = params.user_bias[users] + params.item_bias[items]
+    user_bias = params.user_bias[users]
     if users.dim() == 2 and users.shape[1] == 1 and items.dim() == 1:
         dot = params.user_factors[users[:, 0]] @ params.item_factors[items].T
     else:
         p = params.user_factors[users]
         if context is not None:
             p = p + context @ params.user_factors[-context.shape[1] :]
-            bias = bias + context @ params.user_bias[-context.shape[1] :]
+            user_bias = user_bias + context @ params.user_bias[-context.shape[1] :]
         dot = (p * params.item_factors[items]).sum(-1)
-    return head.predict(bias + (dot if bias.dim() == dot.dim() else dot.unsqueeze(-1)))
+    if head.n_outputs > 1:
+        dot = dot.unsqueeze(-1)
+    return head.predict(dot + user_bias + params.item_bias[items])
 
 
 def loss_and_grad(
@@ -162,23 +164,19 @@ def loss_and_grad(
         shapes = ", ".join(str(tuple(t.shape)) for t in (users, items, ratings))
         raise ValueError(f"users, items and ratings must be (B,), not {shapes}")
     p, q = params.user_factors[users], params.item_factors[items]  # (B, K)
-    bias = params.user_bias[users] + params.item_bias[items]  # (B,) or (B, Q)
+    user_bias = params.user_bias[users]  # (B,) or (B, Q)
     if context is not None:
         n_context = context.shape[1]
         p = p + context @ params.user_factors[-n_context:]
-        bias = bias + context @ params.user_bias[-n_context:]
+        user_bias = user_bias + context @ params.user_bias[-n_context:]
     if dropout:
         # Half the time of bernoulli_.
         draw = torch.rand(q.shape, generator=generator, dtype=q.dtype)
         kept = draw.ge_(dropout).div_(1 - dropout)
         q = q * kept
-    dot = (p * q).sum(1)
-    if bias.dim() == 1:
-        loss, dz = head.loss_and_grad(dot + bias, ratings)
-        column = dz.unsqueeze(1)
-    else:
-        loss, dz = head.loss_and_grad(dot.unsqueeze(1) + bias, ratings)
-        column = dz.sum(1, keepdim=True)
+    dot = (p * q).sum(1, keepdim=head.n_outputs > 1)
+    loss, dz = head.loss_and_grad(dot + user_bias + params.item_bias[items], ratings)
+    column = dz.unsqueeze(1) if head.n_outputs == 1 else dz.sum(1, keepdim=True)
     dp, dq = q * column, p * column
     if dropout:
         dq *= kept

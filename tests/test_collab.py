@@ -1,10 +1,11 @@
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import polars
@@ -18,6 +19,7 @@ import model
 import train
 
 ROOT = Path(collab.__file__).parent
+UNSEEN = "without training ratings: 0 users, 2 items; predicted as average"
 LINE = re.compile(r" +(\d+) \| +(\d\.\d{4})" + r" \| +(\d\.\d{4})" * 3 + r" \| +\d+\.\d\d s")
 
 
@@ -35,7 +37,7 @@ def test_train_keeps_the_contract(run, tmp_path):
     assert {len(line) for line in lines} == {len(header)}
     source, unseen = done.stderr.splitlines()  # and no bar
     assert source.startswith("ml-100k: from the cache ")
-    assert unseen == "not in the training part, predicted as average: 0 users, 2 items"
+    assert unseen == UNSEEN
 
     figures = read_json(tmp_path / "m.json")
     assert " ".join(figures) == (
@@ -59,18 +61,66 @@ def test_train_keeps_the_contract(run, tmp_path):
     assert figures["mse"] < 0.870
 
 
-def test_the_saved_file_predicts_what_was_reported(run, tmp_path, ratings):
-    run("train", "--save", "m.pt", "--epochs", "2", "--ensemble", "2")
-    saved = torch.load(tmp_path / "m.pt", weights_only=True)
-    assert sorted(saved) == ["features", "figures", "item_ids", "params", "seen", "user_ids"]
-    _, test_part, ids = data.to_tensors(*data.split(ratings, "ua"))
-    assert saved["user_ids"] == ids.users.to_list()
-    assert saved["item_ids"] == ids.items.to_list()
-    head = model.bounded(*saved["figures"]["options"]["y_range"])
-    members = [model.fill_unseen(model.Params(**p), *saved["seen"]) for p in saved["params"]]
-    predict = partial(collab.predict, members, head=head)
-    errors = train.evaluate(predict, *test_part, clip=(1, 5))
-    assert errors.mse == pytest.approx(saved["figures"]["mse"], rel=1e-6)
+@pytest.mark.parametrize("recipe", ["default", "best"])
+def test_the_saved_file_predicts_what_was_reported(run, tmp_path, prepared, recipe):
+    short = ("--ensemble", 2, "--epochs", 1, "--batch-size", 2048)
+    assert run("train", "--recipe", recipe, *short, "--save", "m.pt").returncode == 0
+    saved = collab.load_model(tmp_path / "m.pt")
+    task = prepared(collab.RECIPES[recipe]["features"])
+    assert saved.user_ids == task.ids.users.to_list()
+    assert saved.item_ids == task.ids.items.to_list()
+    errors = train.evaluate(
+        lambda *rows: collab.predict(saved.members, *rows, head=saved.head)[0],
+        *task.test,
+        clip=(1, 5),
+    )
+    assert errors.mse == pytest.approx(saved.figures["mse"], rel=1e-6)
+    mean, spread = collab.predict(saved.members, *task.test[:2], head=saved.head)
+    assert mean.shape == spread.shape == (9430,)
+    each = [model.predict(params, *task.test[:2], head=saved.head) for params in saved.members]
+    assert torch.allclose(spread, (each[0] - each[1]).abs() / 2, atol=1e-5)
+    assert spread.min() >= 0 < spread.max()
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"text",
+        b"PK\x03\x04 cut off",
+        pickle.dumps(Bomb()),
+        Bomb(),
+        {"format": "collab 0"},
+        {"a": 1},
+        5,
+    ],
+    ids=[
+        "empty",
+        "text",
+        "cut off",
+        "code",
+        "zipped code",
+        "other version",
+        "other file",
+        "a number",
+    ],
+)
+def test_a_file_that_is_no_model_is_refused(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "m.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=f"^{path}: not a model of this program: ") as caught:
+        collab.load_model(path)
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["m.pt"]
 
 
 @pytest.mark.usefixtures("ml_100k")
@@ -149,8 +199,7 @@ def through_click(ml_100k, tmp_path_factory):
         figures = read_json(path)
         return [figures[name] for name in ("mse", "rmse", "mae", "n_test")]
 
-    yield through_click
-    torch.set_num_threads(1)
+    return through_click
 
 
 CHANGES = [
@@ -198,7 +247,9 @@ def test_the_seed_draws_the_random_split_too(through_click):
 @pytest.mark.parametrize("threads", [1, os.cpu_count()])
 def test_threads(through_click, threads):
     through_click("--threads", str(threads))
-    assert torch.get_num_threads() == threads
+    found = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert found == threads
 
 
 def test_predictions_are_clipped_to_the_training_ratings(prepared):
@@ -208,11 +259,12 @@ def test_predictions_are_clipped_to_the_training_ratings(prepared):
     task = collab.Task(tuple(c[inner] for c in part), test_part, ids, seen, features)
     options = collab.RECIPES["default"] | {"epochs": 1}
     *_, (members, row) = collab.fit(task, options=options, seed=0)
-    head, clip = collab.make_head(task.train[2], options)
-    assert clip == (2, 4)
+    head = model.bounded(*options["y_range"])
     tables = [collab.to_rows(params, task) for params in members]
-    predict = partial(collab.predict, tables, head=head)
-    assert row["mse"] == train.evaluate(predict, *test_part, clip=(2, 4)).mse
+    errors = train.evaluate(
+        lambda *rows: collab.predict(tables, *rows, head=head)[0], *test_part, clip=(2, 4)
+    )
+    assert row["mse"] == errors.mse
 
 
 def test_no_test_rating_reaches_training(ratings, ml_100k):
@@ -261,15 +313,19 @@ def test_best_in_short(run, tmp_path):
     assert figures["mse"] < 0.76
     assert "held_mse" in done.stdout
     assert "0.1 of the training part of ua" in done.stdout.splitlines()[-1]
-    saved = torch.load(tmp_path / "m.pt", weights_only=True)
-    assert len(saved["features"]) == 2
+    saved = collab.load_model(tmp_path / "m.pt").figures
+    assert json.loads(json.dumps(saved)) == figures
 
 
 @pytest.mark.usefixtures("ml_100k")
 def test_the_unseen_are_counted_and_said(run):
     done = run("train", "--epochs", 1, "--batch-size", 5000)
-    assert "not in the training part, predicted as average: 0 users, 2 items" in done.stderr
+    assert UNSEEN in done.stderr
     assert "nan" not in done.stdout
+    done = run("train", "--features", "id,side", "--epochs", 1, "--batch-size", 5000)
+    assert UNSEEN.replace("as average", "by their features") in done.stderr
+    done = run("cross-validate", "--splits", "ua", "--epochs", 1, "--batch-size", 5000)
+    assert f"ua: {UNSEEN}" in done.stderr
 
 
 @pytest.mark.usefixtures("ml_100k")
@@ -385,14 +441,17 @@ def assert_one_line(done, *parts):
         assert part in line
 
 
-@pytest.mark.parametrize("option", ["--save", "--metrics"])
-def test_a_result_that_cannot_be_written_is_said_before_training(run, tmp_path, option):
+def test_a_result_that_cannot_be_written_is_said_before_training(run, tmp_path):
     (tmp_path / "folder").mkdir()
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
     if os.geteuid() == 0:  # root may write everywhere but to the kernel's own files
         closed = Path("/proc")
-    for path in ("missing/file", "folder", closed / "file"):
+    for option, path in (
+        ("--save", "missing/file"),
+        ("--metrics", "folder"),
+        ("--save", closed / "file"),
+    ):
         assert_one_line(run("train", option, path), str(path), "cannot be written")
 
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [block.strip() for language, block in BLOCKS if language == "sh"]
+EXAMPLES = [block for language, block in BLOCKS if language == "python"]
 MODULES = ("data", "model", "schedule", "train")
 
 
@@ -38,12 +39,17 @@ def numbers(text):
 
 
 def test_every_command_is_run_by_some_test():
-    """Each is run below, or by .ci/run."""
+    """Each but the first's installation, which .ci/run does with more, is run below or by it."""
     assert COMMANDS == [
         "pip install -r requirements.txt && python collab.py train",
         "pip install -r tests/requirements.txt && python -m pytest",
-        "python tests/tune.py trials.jsonl",
         "python tests/figures.py",
+        "python tests/peers.py --install --ours",
+        "python tests/tune.py default.jsonl",
+        "python tests/tune.py --recipe best --splits ua,u1 --trials 60 best.jsonl",
+        "python collab.py train --recipe best --ensemble 2 --epochs 2 --save model.pt",
+        "python collab.py train --holdout 0.1 --n-factors 20",
+        "python collab.py cross-validate --splits u1,u2,u3,u4,u5",
         "python tests/reproduce.py",
     ]
 
@@ -67,12 +73,53 @@ def test_the_training_command_prints_what_the_readme_shows(ml_100k):
 
 
 def test_the_results_command(ml_100k):
-    done = run("tests/figures.py", "--seeds", 1)
+    """The fast recipe in full, one seed; the table has all."""
+    done = run("tests/figures.py", "--seeds", 1, "--only", "default")
     assert done.returncode == 0, done.stderr
     printed, shown = table_rows(done.stdout), table_rows(README)
-    for recipe in ("`--recipe fastai`", "`--recipe default`"):
-        mean, spread = numbers(shown[recipe][0])
-        assert numbers(printed[recipe][0])[0] == pytest.approx(mean, abs=4 * spread)
+    assert list(printed) == ["`python collab.py train`", "`--recipe default`"]
+    cells = zip(printed["`--recipe default`"], shown["`--recipe default`"], strict=True)
+    for got, (mean, spread) in [(numbers(a)[0], numbers(b)) for a, b in cells][:3]:
+        assert got == pytest.approx(mean, abs=5 * spread + 1e-3)
+    recipes = [name for name in shown if name.startswith("`--recipe")]
+    assert len(recipes) == 4
+
+
+def test_the_peers_command_judges_and_skips(tmp_path, ml_100k):
+    """No peer is installed for a test: each is skipped, which is said, and there is no table."""
+    done = run("tests/peers.py", "--venvs", tmp_path / "none")
+    assert done.returncode == 1
+    *skipped, last = done.stderr.splitlines()[1:]
+    assert [line.split(":")[0] for line in skipped] == [
+        path.name.removesuffix("_fit.py")
+        for name in ("surprise", "cornac", "lenskit", "myfm", "fastai")
+        for path in [ROOT / "tests" / "peers" / f"{name}_fit.py"]
+        if path.exists()
+    ]
+    assert last.startswith("Error: no peer is installed")
+    shown = table_rows(README)
+    assert "Surprise 1.1.5 SVD" in shown
+    assert numbers(shown["ours, best"][0])[0] == numbers(shown["`--recipe best`"][0])[0]
+
+
+def test_a_saved_model_as_in_the_readme(tmp_path, ml_100k):
+    command = COMMANDS[6].removeprefix("python collab.py ").split(" ")
+    done = run(ROOT / "collab.py", *command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    code = "import sys; sys.path.insert(0, sys.argv[1])\n" + EXAMPLES[0]
+    done = run("-c", code, ROOT, cwd=tmp_path)
+    assert re.fullmatch(r"\d\.\d \+- \d\.\d\n", done.stdout), done.stderr
+    mean, deviation = numbers(done.stdout)
+    assert 2 < mean < 5
+    assert deviation < 1
+
+
+@pytest.mark.parametrize("command", COMMANDS[7:9])
+def test_the_other_commands(command, ml_100k, tmp_path):
+    done = run(ROOT / "collab.py", *command.split(" ")[2:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    *_, last = done.stdout.splitlines()
+    assert 0.7 < numbers(last)[0] < 1
 
 
 def test_the_notebooks_question_command(ml_100k):
@@ -92,16 +139,16 @@ def test_the_notebooks_question_command(ml_100k):
 
 def test_the_search_command_resumes(tmp_path, ml_100k):
     trials = tmp_path / "trials.jsonl"
-    for n_trials in (1, 2):
+    for recipe, n_trials in (("default", 1), ("default", 2)):
         before = trials.read_text() if trials.exists() else ""
-        done = run("tests/tune.py", trials, "--trials", n_trials)
+        done = run("tests/tune.py", trials, "--recipe", recipe, "--trials", n_trials)
         assert done.returncode == 0, done.stderr
         assert trials.read_text().startswith(before)
         assert len(trials.read_text().splitlines()) == len(done.stdout.splitlines()) == n_trials
 
 
 def test_the_readmes_example_of_a_copied_file(tmp_path):
-    (code,) = (block for language, block in BLOCKS if language == "python")
+    code = EXAMPLES[1]
     shutil.copy(ROOT / "schedule.py", tmp_path)
     done = run("-c", code, cwd=tmp_path)
     assert done.stderr == ""

@@ -1,0 +1,132 @@
+"""myFM: factorisation machines by Gibbs sampling, rank 10, 300 draws, with more and more features.
+
+A rating's features are, in blocks: the user and the items that the user rated in training, each
+1 / sqrt(their number); the item and the users who rated it, likewise; then the day of the rating,
+as one of the user's days and as one of all days; then demographics, genres and years. A feature
+that the training part does not have is none. No test rating is read.
+"""
+
+import math
+from collections import defaultdict
+from importlib.metadata import version
+from typing import NamedTuple
+
+import numpy
+import peer
+from myfm import MyFMOrderedProbit, MyFMRegressor, RelationBlock
+from scipy.sparse import csr_matrix, hstack
+
+
+class Side(NamedTuple):
+    """What is told of users, or of items."""
+
+    key: str  # the field of a rating that names one
+    other: str  # the field that names what it is rated with
+    features: dict  # {id: [feature, ...]}
+
+
+SYSTEMS = {  # what the features are made of; whether the ratings are taken as ordered levels
+    "ids": (("id",), False),
+    "ids + implicit": (("id", "implicit"), False),
+    "ids + implicit + user's day": (("id", "implicit", "user day"), False),
+    "ids + implicit + user's day + day + side, ordered probit": (
+        ("id", "implicit", "user day", "day", "side"),
+        True,
+    ),
+}
+N_DRAWS = 300
+
+
+def encode(rows, vocabulary):
+    """A sparse matrix: row r has 1 / sqrt(n) at each of its n values that the vocabulary has."""
+    index = {value: column for column, value in enumerate(sorted(vocabulary))}
+    starts, columns, values = [0], [], []
+    for row in rows:
+        known = [index[value] for value in row if value in index]
+        columns += known
+        values += [1 / math.sqrt(len(known)) for _ in known]
+        starts.append(len(columns))
+    return csr_matrix((values, columns, starts), shape=(len(rows), len(index)))
+
+
+def side_matrices(names, train, side, kinds):
+    """The blocks of features of the users or items `names`."""
+    seen = {getattr(row, side.key) for row in train}
+    blocks = []
+    if "id" in kinds:
+        blocks.append(encode([[name] for name in names], seen))
+    if "implicit" in kinds:
+        partners = defaultdict(list)
+        for row in train:
+            partners[getattr(row, side.key)].append(getattr(row, side.other))
+        vocabulary = {getattr(row, side.other) for row in train}
+        blocks.append(encode([partners[name] for name in names], vocabulary))
+    if "side" in kinds:
+        told = [side.features.get(name, []) for name in names]
+        blocks.append(encode(told, {feature for name in seen for feature in side.features[name]}))
+    return blocks
+
+
+def day_matrices(rows, train, kinds):
+    """The blocks of features of when a rating was given."""
+
+    def user_day(row):
+        return row.user, row.timestamp // 86400
+
+    def day(row):
+        return row.timestamp // 86400
+
+    told = [tell for kind, tell in (("user day", user_day), ("day", day)) if kind in kinds]
+    return [encode([[tell(row)] for row in rows], set(map(tell, train))) for tell in told]
+
+
+def assemble(train, test, sides, kinds):
+    """myFM's arguments: `(X, X_rel)` of the training and of the test part, and the group sizes."""
+    parts = (train, test)
+    main = [day_matrices(rows, train, kinds) for rows in parts]
+    sizes = [block.shape[1] for block in main[0]]
+    relations = [[], []]
+    for side in sides:
+        names = sorted({getattr(row, side.key) for row in train + test})
+        place = {name: number for number, name in enumerate(names)}
+        blocks = side_matrices(names, train, side, kinds)
+        sizes += [block.shape[1] for block in blocks]
+        matrix = hstack(blocks).tocsr()
+        for rows, relation in zip(parts, relations, strict=True):
+            places = [place[getattr(row, side.key)] for row in rows]
+            relation.append(RelationBlock(places, matrix))
+    matrices = [hstack(blocks).tocsr() if blocks else None for blocks in main]
+    return *zip(matrices, relations, strict=True), sizes
+
+
+def fit_predict(train, test, sides, kinds, is_ordered):
+    """Predictions of the test part, and the times of the fit."""
+    (matrix, relations), (test_matrix, test_relations), sizes = assemble(train, test, sides, kinds)
+    ratings = numpy.array([row.rating for row in train])
+    options = {"X_rel": relations, "group_shapes": sizes, "n_iter": N_DRAWS}
+    if not is_ordered:
+        model = MyFMRegressor(rank=10, random_seed=peer.SEED)
+        _, times = peer.measure(lambda: model.fit(matrix, ratings, **options))
+        return model.predict(test_matrix, test_relations), times
+    levels, classes = numpy.unique(ratings, return_inverse=True)
+    model = MyFMOrderedProbit(rank=10, random_seed=peer.SEED)
+    _, times = peer.measure(lambda: model.fit(matrix, classes, **options))
+    return model.predict_proba(test_matrix, test_relations) @ levels, times
+
+
+def main():
+    folder = peer.folder()
+    train, test = (peer.read_ratings(folder / f"{part}.tsv") for part in ("train", "test"))
+    sides = (
+        Side("user", "item", peer.read_features(folder / "users.tsv")),
+        Side("item", "user", peer.read_features(folder / "items.tsv")),
+    )
+    results = []
+    for name, (kinds, is_ordered) in SYSTEMS.items():
+        predictions, times = fit_predict(train, test, sides, kinds, is_ordered)
+        results.append(peer.result(f"myFM {version('myfm')} {name}", predictions, times))
+    peer.write(folder, results)
+
+
+if __name__ == "__main__":
+    main()
