@@ -42,7 +42,7 @@ RECIPES = {
     "default": {
         "features": ("id",),
         "loss": "mse",
-        "y_range": (0.0, 5.5),
+        "y_range": (0.5, 5.5),
         "n_factors": 40,
         "dropout": 0.0,
         "ensemble": 1,
@@ -51,7 +51,7 @@ RECIPES = {
         "drop_last": False,
         "lr_max": 0.01,
         "weight_decay": 0.5,
-        "bias_decay": 0.02,
+        "bias_decay": 0.01,
     },
     "best": {
         "features": ("id", "implicit", "side", "time"),
@@ -70,6 +70,9 @@ RECIPES = {
 }
 
 
+MOST_LEVELS = 100  # distinct ratings that loss ordinal takes; it has a bias for each
+
+
 class Task(NamedTuple):
     """What a model is trained and tested on, as tensors."""
 
@@ -86,23 +89,29 @@ def prepare(train, test, kinds, *, users=None, items=None):
     import model
 
     part, test_part, ids = data.to_tensors(train, test)
-    if tuple(kinds) == ("id",):
-        return Task(part, test_part, ids, data.find_seen(part, ids), None)
     about = {"users": users, "items": items} if "side" in kinds else {}
-    features = model.Features(*data.features(train, ids, kinds, **about))
+    seen, features = data.find_seen(part, ids, **about), None
+    if tuple(kinds) != ("id",):
+        features = model.Features(*data.features(train, ids, kinds, **about))
     if "time" in kinds:
         context, test_context = data.time_context(train, test)
         part, test_part = (*part, context), (*test_part, test_context)
-    return Task(part, test_part, ids, data.find_seen(data.Part(*part[:3]), ids, **about), features)
+    return Task(part, test_part, ids, seen, features)
 
 
 def choose_head(ratings, options):
     """Name and arguments of the `model.Head` for `options["loss"]` and the training `ratings`.
 
-    ValueError when a rating lies outside `y_range`: no prediction could reach it.
+    ValueError when a rating lies outside `y_range`: no prediction could reach it; and when there
+    are too few or too many distinct ratings to be levels.
     """
     if options["loss"] == "ordinal":
         levels = ratings.unique()
+        if not 3 <= len(levels) <= MOST_LEVELS:
+            raise ValueError(
+                f"--loss ordinal needs 3 to {MOST_LEVELS} distinct ratings, "
+                f"the training part has {len(levels)}"
+            )
         shares = [(ratings > level).double().mean().item() for level in levels[:-1]]
         return "ordinal", (levels.tolist(), shares)
     low, high = options["y_range"]
@@ -382,6 +391,7 @@ def train_command(dataset, data_dir, split, holdout, recipe, seed, threads, save
     ratings, users, items = start(threads, data_dir, (save, metrics))
     frames = cut(ratings, split, seed=seed, holdout=holdout)
     task = prepare(*frames, options["features"], users=users, items=items)
+    choose_head(task.train[2], options)  # its errors come before the table
     load_seconds = time.perf_counter() - started
     if unseen := describe_unseen(task):
         _notice(unseen)
@@ -441,10 +451,8 @@ def show_epochs(epochs, n_epochs):
 @click.option(
     "--splits",
     callback=_names(SPLITS[:-1]),
-    default="u1,u2,u3,u4,u5",
-    show_default=True,
     metavar="NAMES",
-    help="Published splits to train and test on in turn.",
+    help="Published splits to train and test on in turn.  [default: u1,u2,u3,u4,u5]",
 )
 @click.option(
     "--folds", type=click.IntRange(2), help="Cut the ratings into this many, by --seed, instead."
@@ -455,14 +463,18 @@ def cross_validate_command(
 ):
     """Train and test on several splits, printing each one's error, the mean and the spread."""
     options = choose_options(recipe, given)
+    if folds and splits:
+        raise click.UsageError("--splits and --folds do not go together.")
     ratings, users, items = start(threads, data_dir, (metrics,))
 
     import data
 
-    parts = [(name, data.split(ratings, name)) for name in splits]
     if folds:
-        cuts = data.fold(ratings, folds, seed=seed)
-        parts = [(f"{number}/{folds}", part) for number, part in enumerate(cuts, 1)]
+        cuts = enumerate(data.fold(ratings, folds, seed=seed), 1)
+        parts = ((f"{number}/{folds}", frames) for number, frames in cuts)
+    else:
+        splits = splits or ("u1", "u2", "u3", "u4", "u5")
+        parts = ((name, data.split(ratings, name)) for name in splits)
     click.echo(" fold | test_rmse | test_mae |    time")
     rows = []
     for name, frames in parts:
@@ -548,15 +560,15 @@ def load_model(path):
             if saved["format"] != FORMAT:
                 raise ValueError(f"format {saved['format']!r}, not {FORMAT!r}")
             members = [model.Params(**params) for params in saved["params"]]
+            if saved["features"] is not None:
+                features = model.Features(*saved["features"], None, None)
+                members = [model.embed(params, features) for params in members]
+            members = [model.fill_unseen(params, *saved["seen"]) for params in members]
+            head = make_head(*saved["head"])
+            return Model(members, head, *(saved[n] for n in ("user_ids", "item_ids", "figures")))
         except Exception as error:  # whatever a file from elsewhere makes torch raise
             line = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"{path}: not a model of this program: {line}") from None
-    if saved["features"] is not None:
-        features = model.Features(*saved["features"], None, None)
-        members = [model.embed(params, features) for params in members]
-    members = [model.fill_unseen(params, *saved["seen"]) for params in members]
-    names = ("user_ids", "item_ids", "figures")
-    return Model(members, make_head(*saved["head"]), *(saved[name] for name in names))
 
 
 def main():

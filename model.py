@@ -40,6 +40,7 @@ def init_params(
 ) -> Params:
     """All four tables from a normal distribution cut at two deviations, times `std`, as in fastai.
 
+    `n_outputs` is the head's: biases are (n,) for one output and (n, n_outputs) for more.
     Cut means `fmod(2)`: a draw beyond two deviations is wrapped towards zero, not drawn again.
     (`torch.nn.init.trunc_normal_(std=0.01)` would cut nothing: its bounds are absolute.)
     """
@@ -90,7 +91,8 @@ def ordinal(levels: Sequence[float], shares: Sequence[float]) -> Head:
     ratings above each, at which the predictions start. Only the biases tell the outputs apart, so
     that a user may be generous with fives and sparing with threes.
     Source: Cao, Mirjalili & Raschka 2020, "Rank consistent ordinal regression for neural networks",
-    equations 1 to 4, with biases of users and items in place of the global ones.
+    equations 1 to 4, with biases of users and items in place of the global ones; unlike theirs,
+    these do not force the Q probabilities into order.
     """
     if len(levels) < 3 or len(shares) != len(levels) - 1 or list(levels) != sorted(set(levels)):
         raise ValueError(f"levels {list(levels)} and shares {list(shares)} do not fit")
@@ -126,6 +128,8 @@ def predict(
     equation 4; the sigmoid is fastai's.
     """
     user_bias = params.user_bias[users]
+    if context is not None and users.dim() != 1:
+        raise ValueError(f"with context, users must be (B,), not {tuple(users.shape)}")
     if users.dim() == 2 and users.shape[1] == 1 and items.dim() == 1:
         dot = params.user_factors[users[:, 0]] @ params.item_factors[items].T
     else:
@@ -242,7 +246,9 @@ def embedded_loss_and_grad(
 ) -> tuple[Tensor, Params]:
     """`loss_and_grad` of `embed(params, features)`, with the gradient in the features' tables.
 
-    A row is linear in its features' rows, so the gradient comes back through the transpose.
+    `batch` and `options` are those of `loss_and_grad`, rows of users and items in `batch`; `params`
+    and the gradient have F and G rows. A row is linear in its features' rows, so the gradient comes
+    back through the transpose.
     """
     loss, grads = loss_and_grad(embed(params, features), *batch, **options)
     return loss, _multiply(features.users_transposed, features.items_transposed, grads)

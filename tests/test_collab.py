@@ -96,6 +96,7 @@ class Bomb:
         pickle.dumps(Bomb()),
         Bomb(),
         {"format": "collab 0"},
+        {"format": "collab 1", "params": []},
         {"a": 1},
         5,
     ],
@@ -106,6 +107,7 @@ class Bomb:
         "code",
         "zipped code",
         "other version",
+        "half a model",
         "other file",
         "a number",
     ],
@@ -236,12 +238,37 @@ def test_every_option_matters(through_click, recipe, changed):
     assert through_click("--recipe", recipe, *changed.split(" ")) != before
 
 
-def test_the_seed_draws_the_random_split_too(through_click):
-    """The same training seed on another tenth, and another seed on the same split, differ."""
-    held = [through_click("--split", "random", "--seed", seed) for seed in "12"]
-    assert held[0] != held[1]
-    folds = [through_click("--holdout", "0.1", "--seed", seed) for seed in "12"]
-    assert folds[0] != folds[1]
+def test_the_seed_draws_the_random_parts(ratings):
+    for options in ({"split": "random"}, {"split": "ua", "holdout": 0.1}):
+        first, again, other = (collab.cut(ratings, seed=seed, **options)[1] for seed in (1, 1, 2))
+        assert first.equals(again)
+        assert not first.equals(other)
+
+
+def test_features_and_the_head_are_of_the_training_part(ratings):
+    """A pair that is only tested is in no implicit set, and the shares are of the ratings above."""
+    frame, test = data.split(ratings, "ua")
+    task = collab.prepare(frame, test, ("id", "implicit"))
+    for matrix, rows, other in ((0, 0, 1), (1, 1, 0)):
+        starts, columns, _ = task.features[matrix]
+        n_ids = len(task.ids[rows])
+        rated = torch.bincount(task.train[rows], minlength=n_ids)
+        assert torch.equal(starts.diff(), rated + 1)
+        row = torch.repeat_interleave(torch.arange(n_ids), starts.diff())
+        implicit = columns >= n_ids
+        pairs = set(zip(row[implicit].tolist(), (columns[implicit] - n_ids).tolist(), strict=True))
+        assert pairs == set(zip(task.train[rows].tolist(), task.train[other].tolist(), strict=True))
+    name, (levels, shares) = collab.choose_head(task.train[2], collab.RECIPES["best"])
+    assert (name, levels) == ("ordinal", [1, 2, 3, 4, 5])
+    above = [len(frame.filter(polars.col("rating") > level)) / len(frame) for level in (1, 2, 3, 4)]
+    assert shares == pytest.approx(above)
+
+
+@pytest.mark.parametrize("n_levels", [1, 2, 101])
+def test_ratings_that_are_no_scale(n_levels):
+    distinct = torch.linspace(1, 5, n_levels).repeat(2)
+    with pytest.raises(ValueError, match=f"3 to 100 distinct .* part has {n_levels}$"):
+        collab.choose_head(distinct, collab.RECIPES["best"])
 
 
 @pytest.mark.parametrize("threads", [1, os.cpu_count()])
@@ -344,6 +371,12 @@ def test_cross_validation(run, tmp_path):
         assert f"{name} {figures[name]:.4f} +- {figures[f'{name}_std']:.4f}" in last
     for line, fold in zip(lines, figures["folds"], strict=True):
         assert f"{fold['rmse']:.4f}" in line
+    # A fold is what `train` gives on the split, side information and all.
+    short = (*short[:4], "--features", "id,side", "--metrics", "m.json")
+    assert run("cross-validate", "--splits", "u2", *short).returncode == 0
+    fold = read_json(tmp_path / "m.json")["folds"][0]
+    assert run("train", "--split", "u2", *short).returncode == 0
+    assert fold["mse"] == read_json(tmp_path / "m.json")["mse"]
 
     done = run("cross-validate", "--folds", 3, "--seed", 5, *short)
     assert done.returncode == 0, done.stderr
@@ -361,6 +394,10 @@ def test_every_kind_of_split_trains(run, tmp_path, split):
     assert figures["split"] == split
     assert figures["n_train"] + figures["n_test"] == 100_000
     assert 0.8 < figures["rmse"] < 1.2
+
+
+def test_features_are_datas():
+    assert collab.FEATURES == data.FEATURES
 
 
 def test_recipes_have_the_same_options():
@@ -408,6 +445,7 @@ USAGE = {
     "no model": ["train", "--ensemble", "0"],
     "holdout 0": ["train", "--holdout", "0"],
     "holdout 1": ["train", "--holdout", "1"],
+    "folds and splits": ["cross-validate", "--splits", "ua", "--folds", "2"],
     "one fold": ["cross-validate", "--folds", "1"],
     "unknown fold": ["cross-validate", "--splits", "u1,u7"],
     "negative seed": ["train", "--seed", "-1"],
@@ -422,7 +460,7 @@ def test_wrong_usage_exits_2_with_the_value(run, arguments):
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("Error: ")
-    words = ("requires 2", "a decay of 2", "--y-range", "''", "both x")
+    words = ("--splits and --folds", "requires 2", "a decay of 2", "--y-range", "''", "both x")
     assert arguments[-1].split(",")[-1] in line or any(word in line for word in words)
 
 

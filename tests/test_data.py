@@ -259,12 +259,43 @@ def test_nothing_told_is_no_feature():
         data.features(SMALL_TRAIN, ids, ("side",), users=names)
 
 
+@pytest.mark.parametrize(
+    "about",
+    [
+        SMALL_USERS.clear(),
+        SMALL_USERS.with_columns(job=polars.lit(None, polars.String)).select("user", "job"),
+        SMALL_USERS.with_columns(likes=polars.lit([], polars.List(polars.String))).drop("job"),
+        SMALL_USERS.with_columns(age=polars.lit(None, polars.Int64)).select("user", "age"),
+    ],
+    ids=["empty", "null text", "empty lists", "null numbers"],
+)
+def test_columns_without_values_are_no_features(about):
+    _, _, ids = data.to_tensors(SMALL_TRAIN, SMALL_TEST)
+    users, *_ = data.features(SMALL_TRAIN, ids, ("id", "side"), users=about)
+    assert dense(users, 4) == [[float(i == j) for j in range(4)] for i in range(4)]
+
+
+@pytest.mark.parametrize("kinds", ["side", ("id", "tiem")])
+def test_unknown_features_are_named(kinds):
+    _, _, ids = data.to_tensors(SMALL_TRAIN, SMALL_TEST)
+    with pytest.raises(ValueError, match="features must be some of"):
+        data.features(SMALL_TRAIN, ids, kinds)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1e-9, 1.0])
+def test_a_share_that_leaves_a_part_empty(ratings, fraction):
+    with pytest.raises(ValueError, match=f"a share of {fraction:g} of 100000 ratings"):
+        data.hold_out(ratings, fraction, seed=0)
+
+
 def test_what_training_tells_of():
     part, _, ids = data.to_tensors(SMALL_TRAIN, SMALL_TEST)
     seen = data.find_seen(part, ids)
     assert [mask.tolist() for mask in seen] == [[True, True, False, True], [True, True, False]]
     seen, _ = data.find_seen(part, ids, users=SMALL_USERS)
-    assert seen.all()
+    assert seen.tolist() == [True, True, False, True], "of user 40 nothing is told either"
+    told = SMALL_USERS.with_columns(job=polars.lit("cook"))
+    assert data.find_seen(part, ids, users=told)[0].all()
 
 
 def test_time_context_is_the_formula():
@@ -297,7 +328,7 @@ def test_time_context_is_the_formula():
 
 def test_features_never_read_a_test_rating(ratings, ml_100k):
     train, test = data.split(ratings, "ua")
-    turned = test.with_columns(rating=6 - polars.col("rating"))
+    turned = test.drop("rating")
     for ours, theirs in zip(
         data.time_context(train, test), data.time_context(train, turned), strict=True
     ):

@@ -188,6 +188,17 @@ def test_identity_features_are_ids(params, batch):
     assert all(torch.equal(a, b) for a, b in zip(grads, same, strict=True))
 
 
+def test_the_matrix_of_predictions_is_that_of_pairs_for_ordinal_too():
+    params = make_params(6, 9, ORDINAL)
+    every = torch.arange(9)
+    got = model.predict(params, torch.arange(6).unsqueeze(1), every, head=ORDINAL)
+    for user in range(6):
+        pairs = model.predict(params, torch.full((9,), user), every, head=ORDINAL)
+        torch.testing.assert_close(got[user], pairs, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match=r"with context, users must be \(B,\), not \(6, 1\)"):
+        model.predict(params, torch.arange(6).unsqueeze(1), every, torch.zeros(6, 2), head=ORDINAL)
+
+
 def test_the_ordinal_prediction_is_the_expected_level():
     head = model.ordinal([1, 2, 4], [0.75, 0.25])
     assert head.predict(torch.zeros(3, 2)).tolist() == pytest.approx([1 + 0.75 + 2 * 0.25] * 3)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import polars
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,8 +39,8 @@ def numbers(text):
     return [float(number) for number in re.findall(r"\d+\.\d+", text)]
 
 
-def test_every_command_is_run_by_some_test():
-    """Each but the first's installation, which .ci/run does with more, is run below or by it."""
+def test_the_commands_are_known():
+    """Below or in .ci/run each is run, those that take minutes in a short form."""
     assert COMMANDS == [
         "pip install -r requirements.txt && python collab.py train",
         "pip install -r tests/requirements.txt && python -m pytest",
@@ -47,7 +48,7 @@ def test_every_command_is_run_by_some_test():
         "python tests/peers.py --install --ours",
         "python tests/tune.py default.jsonl",
         "python tests/tune.py --recipe best --splits ua,u1 --trials 60 best.jsonl",
-        "python collab.py train --recipe best --ensemble 2 --epochs 2 --save model.pt",
+        "python collab.py train --recipe best --features id,implicit --ensemble 2 --save model.pt",
         "python collab.py train --holdout 0.1 --n-factors 20",
         "python collab.py cross-validate --splits u1,u2,u3,u4,u5",
         "python tests/reproduce.py",
@@ -85,21 +86,36 @@ def test_the_results_command(ml_100k):
     assert len(recipes) == 4
 
 
-def test_the_peers_command_judges_and_skips(tmp_path, ml_100k):
-    """No peer is installed for a test: each is skipped, which is said, and there is no table."""
+def test_the_peers_command_skips_what_is_not_installed(tmp_path, ml_100k):
     done = run("tests/peers.py", "--venvs", tmp_path / "none")
     assert done.returncode == 1
     *skipped, last = done.stderr.splitlines()[1:]
-    assert [line.split(":")[0] for line in skipped] == [
-        path.name.removesuffix("_fit.py")
-        for name in ("surprise", "cornac", "lenskit", "myfm", "fastai")
-        for path in [ROOT / "tests" / "peers" / f"{name}_fit.py"]
-        if path.exists()
-    ]
+    names = ["surprise", "cornac", "lenskit", "myfm", "fastai"]
+    assert [line.split(":")[0] for line in skipped] == names
     assert last.startswith("Error: no peer is installed")
-    shown = table_rows(README)
-    assert "Surprise 1.1.5 SVD" in shown
-    assert numbers(shown["ours, best"][0])[0] == numbers(shown["`--recipe best`"][0])[0]
+
+
+def test_peers_are_judged_like_us():
+    """Clipped to the training ratings, on four numbers."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import peers
+
+    train, test = polars.Series([2.0, 4.0]), polars.Series([1.0, 5.0, 3.0, 3.0])
+    result = {"system": "x", "predictions": [0, 9, 3, 3.5], "seconds": 1, "cpu_seconds": 2}
+    row = peers.judge(result, "ua", train, test)
+    assert row["mse"] == pytest.approx((1 + 1 + 0 + 0.25) / 4)
+    assert row["rmse"] == pytest.approx(row["mse"] ** 0.5)
+    with pytest.raises(ValueError, match="1 predictions are not finite"):
+        peers.judge(result | {"predictions": [1, 2, 3, float("nan")]}, "ua", train, test)
+    with pytest.raises(ValueError, match="shape"):
+        peers.judge(result | {"predictions": [1, 2, 3]}, "ua", train, test)
+
+
+def test_cells_are_mean_and_deviation():
+    sys.path.insert(0, str(ROOT / "tests"))
+    import figures
+
+    assert figures.cell([1.0, 2.0, 6.0], 2) == "3.00 ± 2.65"
 
 
 def test_a_saved_model_as_in_the_readme(tmp_path, ml_100k):
@@ -139,12 +155,19 @@ def test_the_notebooks_question_command(ml_100k):
 
 def test_the_search_command_resumes(tmp_path, ml_100k):
     trials = tmp_path / "trials.jsonl"
-    for recipe, n_trials in (("default", 1), ("default", 2)):
+    for n_trials in (1, 2):
         before = trials.read_text() if trials.exists() else ""
-        done = run("tests/tune.py", trials, "--recipe", recipe, "--trials", n_trials)
+        done = run("tests/tune.py", trials, "--trials", n_trials)
         assert done.returncode == 0, done.stderr
         assert trials.read_text().startswith(before)
         assert len(trials.read_text().splitlines()) == len(done.stdout.splitlines()) == n_trials
+    whole = trials.read_text()
+    trials.write_text(whole[:-5])  # cut off in the middle of a line
+    done = run("tests/tune.py", trials, "--trials", 2)
+    assert (done.returncode, trials.read_text()) == (0, whole)
+    done = run("tests/tune.py", trials, "--recipe", "best")
+    assert done.returncode == 1
+    assert "holds trials of another search" in done.stderr
 
 
 def test_the_readmes_example_of_a_copied_file(tmp_path):

@@ -26,6 +26,7 @@ GRIDS = {
         "n_factors": (20, 30, 40),
         "epochs": (4, 5, 6),
         "batch_size": (512, 768, 1024),
+        "drop_last": (False,),
         "lr_max": (0.0075, 0.01, 0.015, 0.02),
         "weight_decay": (0.2, 0.3, 0.4, 0.5, 0.6),
         "bias_decay": (0.01, 0.02, 0.04, 0.1),
@@ -45,6 +46,19 @@ GRIDS = {
 }
 
 
+def read_trials(file, search):
+    """The trials of an interrupted search. ClickException if `file` holds those of another."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    if lines and not lines[-1].endswith("\n"):  # cut off while it was written
+        lines.pop()
+        data.write_file(file, "".join(lines).encode())
+    trials = [json.loads(line) for line in lines]
+    for trial in trials:
+        if {name: trial[name] for name in search} != search:
+            raise click.ClickException(f"{file} holds trials of another search, {trial}")
+    return trials
+
+
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--recipe", type=click.Choice(list(GRIDS)), default="default", show_default=True)
@@ -61,7 +75,8 @@ def main(file, recipe, splits, trials):
     for seed, split in enumerate(splits.split(",")):
         frames = collab.cut(ratings, split, seed=seed, holdout=0.1)
         tasks.append(collab.prepare(*frames, features, **about))
-    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    search = {"recipe": recipe, "splits": splits}
+    done = read_trials(file, search)
     for number in range(len(done), trials):
         draw = random.Random(number)
         drawn = {name: draw.choice(values) for name, values in GRIDS[recipe].items()}
@@ -70,7 +85,7 @@ def main(file, recipe, splits, trials):
         for seed, task in enumerate(tasks):
             *_, (_, row) = collab.fit(task, options=options, seed=seed)
             last.append(row["mse"])
-        done.append({"mse": sum(last) / len(last), "options": drawn})
+        done.append({**search, "mse": sum(last) / len(last), "options": drawn})
         with file.open("a") as lines:
             lines.write(json.dumps(done[-1]) + "\n")
     for trial in sorted(done, key=lambda trial: trial["mse"])[:10]:
