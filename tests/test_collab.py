@@ -193,6 +193,7 @@ def through_click(ml_100k, tmp_path_factory):
     """The figures of a short `train`, through click but in this process."""
     path = tmp_path_factory.mktemp("figures") / "m.json"
 
+    @cache
     def through_click(*arguments):
         short = ("--epochs", "1", "--batch-size", "4096", "--ensemble", "1")
         command = ("train", *short, *arguments, "--metrics", str(path))
@@ -234,7 +235,6 @@ CHANGES = [
 )
 def test_every_option_matters(through_click, recipe, changed):
     before = through_click("--recipe", recipe)
-    assert through_click("--recipe", recipe) == before
     assert through_click("--recipe", recipe, *changed.split(" ")) != before
 
 
