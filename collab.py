@@ -1,7 +1,8 @@
 """Train a collaborative-filtering model on MovieLens 100K: `python collab.py train`.
 
-The command line and nothing else: a command reads its options, calls the four other modules and
-prints. They are imported inside the functions that need them, so that `--help` is instant.
+The recipes, the functions that join the four other modules to a training, and the commands, which
+read their options, call these and print. The modules are imported inside the functions that need
+them, so that `--help` is instant.
 """
 
 import io

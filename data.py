@@ -161,7 +161,7 @@ def get_ml_100k(
         try:
             files = fetch()
             for name, content in files.items():
-                if hashlib.sha256(content).hexdigest() != ML_100K_FILES[name]:
+                if not _is_published(name, content):
                     raise OSError(f"{name} failed its checksum")
         except (OSError, ValueError) as error:
             why += f"{source}: {error}; "
@@ -173,12 +173,15 @@ def get_ml_100k(
     raise OSError(f"ml-100k can't be had: {why.removesuffix('; ')}")
 
 
+def _is_published(name: str, content: bytes) -> bool:
+    return hashlib.sha256(content).hexdigest() == ML_100K_FILES[name]
+
+
 def _verifies(folder: Path, name: str) -> bool:
     try:
-        content = (folder / name).read_bytes()
+        return _is_published(name, (folder / name).read_bytes())
     except FileNotFoundError:
         return False
-    return hashlib.sha256(content).hexdigest() == ML_100K_FILES[name]
 
 
 def _download(url: str, md5: str, timeout: float) -> bytes:
@@ -611,8 +614,9 @@ def time_context(train: polars.DataFrame, test: polars.DataFrame) -> tuple[Tenso
     rows = rows.with_columns(usual=others / (n_others + 1)).sort("user", "timestamp", "place")
 
     seconds = torch.from_numpy(rows["timestamp"].cast(polars.Float64).to_numpy(writable=True))
-    is_same_user = rows.select(polars.col("user") == polars.col("user").shift(1, fill_value=None))
-    is_first = torch.from_numpy(~is_same_user.to_series().fill_null(False).to_numpy())
+    is_first = torch.from_numpy(
+        rows["user"].ne_missing(rows["user"].shift()).to_numpy(writable=True)
+    )
     sums = torch.from_numpy(rows.select("excess", "count").to_numpy(writable=True))
     usual = torch.from_numpy(rows["usual"].to_numpy(writable=True))
     context = torch.empty(len(rows), len(TIME_SCALES))
@@ -620,9 +624,8 @@ def time_context(train: polars.DataFrame, test: polars.DataFrame) -> tuple[Tenso
     for column, tau in enumerate(TIME_SCALES):
         keep = torch.exp(-seconds.diff(prepend=seconds[:1]) / tau).masked_fill(is_first, 0.0)
         before = _decayed_sums(sums, keep)
-        after = _decayed_sums(sums.flip(0), torch.cat([keep.new_zeros(1), keep[1:].flip(0)])).flip(
-            0
-        )
+        keep_back = torch.cat([keep.new_zeros(1), keep[1:].flip(0)])
+        after = _decayed_sums(sums.flip(0), keep_back).flip(0)
         excess, count = (before + after - 2 * sums).unbind(1)
         context[place, column] = ((excess - usual * count) / (10 + count)).float()
     return context[: len(train)], context[len(train) :]
