@@ -10,6 +10,7 @@ torch.Size([2, 5])
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -72,10 +73,19 @@ def bounded(low: float, high: float) -> Head:
     def predict(z: Tensor) -> Tensor:
         return torch.sigmoid(z) * span + low
 
+    @cache  # a product with a Python number takes twice as long as one with a tensor
+    def constants(n_ratings: int, dtype: torch.dtype) -> tuple:
+        scale = 2 * span / n_ratings
+        values = (scale * span, scale * low, 1 / (scale**2 * n_ratings))
+        return scale, *(torch.tensor(value, dtype=dtype) for value in values)
+
     def loss_and_grad(z: Tensor, ratings: Tensor) -> tuple[Tensor, Tensor]:
+        scale, slope, shift, share = constants(len(ratings), z.dtype)
         s = torch.sigmoid(z)
-        error = s * span + (low - ratings)
-        return error.dot(error) / len(ratings), error * (s - s * s) * (2 * span / len(ratings))
+        error = torch.sub(s * slope, ratings, alpha=scale)  # times 2 (high - low) / B
+        if low:
+            error += shift
+        return error.dot(error).mul_(share), torch.ops.aten.sigmoid_backward(error, s)
 
     return Head(1, predict, loss_and_grad)
 
@@ -180,7 +190,7 @@ def loss_and_grad(
         q = q * kept
     dot = (p * q).sum(1, keepdim=head.n_outputs > 1)
     loss, dz = head.loss_and_grad(dot + user_bias + params.item_bias[items], ratings)
-    column = dz.unsqueeze(1) if head.n_outputs == 1 else dz.sum(1, keepdim=True)
+    column = _sum_outputs(dz)
     dp, dq = q * column, p * column
     if dropout:
         dq *= kept
@@ -194,6 +204,65 @@ def loss_and_grad(
         grads.user_factors[-n_context:] += context.T @ dp
         grads.user_bias[-n_context:] += context.T @ dz
     return loss, grads
+
+
+def _sum_outputs(dz: Tensor) -> Tensor:
+    """d loss / d dot product, (B, 1), of d loss / dz, (B,) or (B, Q)."""
+    return dz.unsqueeze(1) if dz.dim() == 1 else dz.sum(1, keepdim=True)
+
+
+def join(params: Params) -> Tensor:
+    """One table of all four, (n_users + n_items, K + Q + 0 to 3): the users' rows, then the items'.
+
+    A row is its factors, its biases, and zeros up to a multiple of four columns, in which rows are
+    moved about two to four times as fast. `split_table` undoes it.
+    """
+    sides = (params.user_factors, params.user_bias), (params.item_factors, params.item_bias)
+    rows = torch.cat([torch.cat([p, b.reshape(len(b), -1)], 1) for p, b in sides])
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % 4))
+
+
+def split_table(table: Tensor, n_users: int, *, n_factors: int, n_outputs: int = 1) -> Params:
+    """The four tables as views of what `join` has made of them."""
+    factors, bias = _columns(n_factors, n_outputs)
+    users, items = table[:n_users], table[n_users:]
+    return Params(users[:, factors], items[:, factors], users[:, bias], items[:, bias])
+
+
+def _columns(n_factors: int, n_outputs: int) -> tuple:
+    """Where `join` puts factors and biases."""
+    bias = n_factors if n_outputs == 1 else slice(n_factors, n_factors + n_outputs)
+    return slice(n_factors), bias
+
+
+def pair_loss_and_grad_(
+    pairs: Tensor, grads: Tensor, *, n_factors: int, head: Head
+) -> Callable[[Tensor], Tensor]:
+    """`loss_and_grad` of gathered rows of `join`'s table, as a function of `ratings` (B,).
+
+    `pairs` (2, B, C) holds the users' rows of a batch and the items' rows. A call returns the
+    batch's loss and writes the gradient of each of these rows to `grads`, of the same shape and at
+    first zero. Both are used in place, so that the views below are made once and not at each step.
+    """
+    factors, bias = _columns(n_factors, head.n_outputs)
+    p, q = pairs[:, :, factors]
+    dp, dq = grads[:, :, factors]
+    user_bias, item_bias = pairs[:, :, bias]
+    bias_grads = grads[:, :, bias]
+    row, column = p.unsqueeze(1), q.unsqueeze(2)
+    product = pairs.new_empty(len(p), 1, 1)
+    dot = product[:, 0] if head.n_outputs > 1 else product[:, 0, 0]  # (B, 1) or (B,)
+
+    def loss_and_grad_(ratings: Tensor) -> Tensor:
+        torch.bmm(row, column, out=product)  # the fastest of torch's ways to dot products of rows
+        loss, dz = head.loss_and_grad(torch.add(user_bias, dot).add_(item_bias), ratings)
+        slope = _sum_outputs(dz)
+        torch.mul(q, slope, out=dp)
+        torch.mul(p, slope, out=dq)
+        bias_grads.copy_(dz)
+        return loss
+
+    return loss_and_grad_
 
 
 def fill_unseen(params: Params, seen_users: Tensor, seen_items: Tensor) -> Params:

@@ -20,6 +20,7 @@ True
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -102,6 +103,125 @@ def fit(
         if not math.isfinite(train_loss):
             raise ValueError(f"the loss is {train_loss} in epoch {epoch}: try a smaller lr")
         yield Epoch(epoch, params, train_loss, time.perf_counter() - start)
+
+
+def fit_rows(
+    table: Tensor,
+    *columns: Tensor,
+    offsets: Sequence[int],
+    loss_and_grad_: Callable,
+    optimizer: tuple,
+    n_epochs: int,
+    batch_size: int,
+    generator: torch.Generator,
+    drop_last: bool = False,
+    block: int = 1 << 17,
+) -> Iterator[Epoch]:
+    """`fit` for one large `table` (R, C), of which a step reads and writes the rows in its batch.
+
+    Of `columns`, each (N,), the last is what is learnt, such as ratings, the others are rows of the
+    table once their offset is added: users and items with `offsets=(0, n_users)`.
+    `loss_and_grad_(rows, grads)`, two tensors (len(offsets), B, C), returns a function of the
+    last column's batch that gives the mean loss of what is in `rows` and writes its gradient to
+    `grads`. `optimizer` is as `schedule.sparse_adamw` returns it. Batches are those of `fit`, an
+    epoch's `params` are the whole table as of its end. Memory beside table and columns is bounded
+    by `block` ratings at a time.
+    """
+    n_rows = _count_rows(columns)
+    n_batches = count_batches(n_rows, batch_size, drop_last=drop_last)
+    init, steps_, wake, rest_, rests = optimizer
+    state, since, step = init(table), torch.full((len(table) + 1,), -1), 0
+    for epoch in range(1, n_epochs + 1):
+        start = time.perf_counter()
+        order = torch.randperm(n_rows, generator=generator)[: n_batches * batch_size]
+        whole = max(len(order) // batch_size, 1)
+        total = torch.zeros((), dtype=torch.float64)
+        pauses = {rest - step for rest in rests if 0 < rest - step <= n_batches}
+        cuts = {*range(0, whole, max(block // batch_size, 1)), whole, n_batches} | pauses
+        for first, last in pairwise(sorted(cuts)):
+            places = order[first * batch_size : last * batch_size]
+            *sides, targets = (column[places].view(last - first, -1) for column in columns)
+            sides = [side + offset for side, offset in zip(sides, offsets, strict=True)]
+            losses = _run_(
+                state, since, step, torch.stack(sides, 1), targets, steps_, loss_and_grad_
+            )
+            total += losses.sum(dtype=torch.float64) * targets.shape[1]
+            step += last - first
+            if step in rests:
+                rest_(state, since[:-1], step)
+        train_loss = total.item() / len(order)
+        if not math.isfinite(train_loss):
+            raise ValueError(f"the loss is {train_loss} in epoch {epoch}: try a smaller lr")
+        params = wake(state, since[:-1], step)
+        yield Epoch(epoch, params, train_loss, time.perf_counter() - start)
+
+
+@torch.inference_mode()  # a tenth less of a step; nothing here is differentiated
+def _run_(state, since, step, rows, targets, steps_, loss_and_grad_) -> Tensor:
+    """Do one step for each line of `rows` (n, S, B) and `targets` (n, B). Returns their losses."""
+    n, n_sides, size = rows.shape
+    rows, since_then, slots, order, starts = _list_rows(rows.view(n, -1), since, step)
+    pairs, pair_grads = state.new_zeros(2, n_sides, size, state.shape[2]).unbind()
+    compute_ = loss_and_grad_(pairs, pair_grads)
+    pairs, pair_grads = pairs.view(n_sides * size, -1), pair_grads.view(n_sides * size, -1)
+    steps = steps_(state, rows, since_then, step)
+    values, losses = next(steps), []
+    lists = (t.unbind() for t in (slots, order, starts, targets))
+    for slot, places, start, target in zip(*lists, strict=True):
+        torch.index_select(values, 0, slot, out=pairs)
+        losses.append(compute_(target))
+        # A row's gradient is the sum over its pairs; in half the time of index_add_.
+        values = steps.send(torch.embedding_bag(pair_grads, places, start)[0])
+    return torch.stack(losses)
+
+
+def _list_rows(rows: Tensor, since: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the batches of `rows` (n, S), each a step, need to read each of their rows once.
+
+    Returns the distinct rows of each batch (n, m), filled up with the last row of all; the step
+    in which each was last in a batch (n, m); and the place of each of `rows` among the distinct
+    (n, S). `since` has that step for all rows, before `step`, and is brought up to date.
+    """
+    n, size = rows.shape
+    count = torch.arange(n * size)
+    n_bits = len(count).bit_length()
+    # Sorting row and place as one number is several times faster than a stable sort, and one of
+    # 32 bits twice as fast again.
+    key_type = torch.int32 if len(since) << n_bits < 1 << 31 else torch.int64
+    key = rows.reshape(-1).to(key_type) << n_bits | count.to(key_type)
+    ordered = key.sort().values.long()
+    row, place = ordered >> n_bits, ordered & ((1 << n_bits) - 1)
+    batch = place // size
+    is_new_row = torch.ones(n * size, dtype=torch.bool)
+    torch.ne(row[1:], row[:-1], out=is_new_row[1:])
+    is_new = is_new_row.clone()
+    is_new[1:] |= batch[1:] != batch[:-1]
+    first = torch.where(is_new, count, 0).cummax(0).values  # of the same row in the same batch
+
+    slot = torch.empty_like(row).scatter_(0, place, is_new.long()).view(n, size).cumsum(1).sub_(1)
+    m = slot[:, -1].max().item() + 1
+    slot = slot.view(-1).index_select(0, place.index_select(0, first))
+    slots = torch.empty_like(row).scatter_(0, place, slot)
+    before = since.index_select(0, row)
+    before[1:] = torch.where(is_new_row[1:], before[1:], batch[:-1] + step)
+    target = batch * m + slot
+    distinct = torch.full((n * m,), len(since) - 1).scatter_(0, target, row)
+    last_steps = torch.full((n * m,), -1).scatter_(0, target, before.index_select(0, first))
+    is_end = is_new_row.roll(-1)
+    since[row[is_end]] = batch[is_end] + step
+
+    starts = torch.bincount(target, minlength=n * m).view(n, m)
+    starts = starts.cumsum(1).sub_(starts)
+    where = starts.view(-1).index_select(0, target).add_(count).sub_(first)
+    start = batch * size
+    order = torch.empty_like(row).scatter_(0, where.add_(start), place.sub_(start))
+    return (
+        distinct.view(n, m),
+        last_steps.view(n, m),
+        slots.view(n, size),
+        order.view(n, size),
+        starts,
+    )
 
 
 def evaluate(

@@ -622,3 +622,46 @@ def test_help_imports_nothing_heavy():
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert done.stdout == "[]\n"
+
+
+@pytest.fixture
+def fit_dense(monkeypatch):
+    """`collab.fit` with the dense step, whatever is faster."""
+
+    def fit(*arguments, **options):
+        with monkeypatch.context() as patched:
+            patched.setattr(collab, "is_sparse_faster", lambda *_: False)
+            yield from collab.fit(*arguments, **options)
+
+    return fit
+
+
+@pytest.mark.parametrize("recipe", ["fastai", "default"])
+def test_the_recipes_take_the_sparse_step_to_the_dense_steps_errors(prepared, fit_dense, recipe):
+    task, options = prepared(("id",)), collab.RECIPES[recipe]
+    rows = [list(fit(task, options=options, seed=0)) for fit in (collab.fit, fit_dense)]
+    for (members, ours), (dense, theirs) in zip(*rows, strict=True):
+        assert ours["mse"] == pytest.approx(theirs["mse"], abs=1e-3)
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=1e-3)
+        # The sparse step's tables are views of one.
+        assert not members[0].user_factors.is_contiguous()
+        assert dense[0].user_factors.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"dropout": 0.1}, {"batch_size": 2048}, {"weight_decay": 5.0}, {"features": ("implicit",)}],
+)
+def test_the_dense_step_is_taken_where_it_must_or_should_be(one_epoch, changed):
+    members, _ = one_epoch(**{"batch_size": 512} | changed)
+    assert members[0].user_factors.is_contiguous() or "features" in changed
+
+
+def test_ordinal_on_ids_takes_either_step(prepared, fit_dense):
+    changed = {"loss": "ordinal", "y_range": None, "epochs": 1}
+    options = collab.RECIPES["default"] | changed
+    task = prepared(("id",))
+    ours, theirs = (
+        next(iter(fit(task, options=options, seed=0)))[1]["mse"] for fit in (collab.fit, fit_dense)
+    )
+    assert ours == pytest.approx(theirs, abs=1e-3)

@@ -238,3 +238,26 @@ def test_context_adds_to_the_users_row(params):
     moved = params._replace(user_factors=changed, user_bias=bias)
     assert got[1] == without[1]
     assert torch.equal(got, model.predict(moved, users, items, head=HEAD))
+
+
+@HEADS
+def test_the_gradient_of_gathered_rows_is_autograds(batch, head, loss):
+    users, items, ratings = batch
+    params = make_params(6, 9, head)
+    table = model.join(params)
+    assert table.shape == (15, 4 if head.n_outputs == 1 else 8)
+    again = model.split_table(table, 6, n_factors=3, n_outputs=head.n_outputs)
+    assert all(torch.equal(a, b) for a, b in zip(params, again, strict=True))
+    leaf = table.clone().requires_grad_()
+    split = model.split_table(leaf, 6, n_factors=3, n_outputs=head.n_outputs)
+    wanted = loss(sums(split, users, items), ratings)
+    wanted.backward()
+    rows = torch.stack([users, items + 6])
+    pairs = table[rows]
+    grads = torch.zeros_like(pairs)
+    compute_ = model.pair_loss_and_grad_(pairs, grads, n_factors=3, head=head)
+    for _ in range(2):
+        got = compute_(ratings)
+        assert got.item() == pytest.approx(wanted.item(), rel=1e-12)
+        summed = torch.zeros_like(table).index_add_(0, rows.view(-1), grads.view(14, -1))
+        torch.testing.assert_close(summed, leaf.grad, rtol=1e-11, atol=1e-13)

@@ -109,3 +109,109 @@ def test_adam_takes_its_first_step_at_the_lr():
     schedule.adam_(param, grad, moments, 0, lr=0.25, momentum=0.95)
     assert param.tolist() == pytest.approx([-0.25, 0.25, -0.25], rel=1e-4)
     assert math.isclose(moments.mean[1].item(), -0.25)
+
+
+def run_rows(decays, *, n_steps=2500, n_rows=60, lr_max=0.01, eps=1e-8, dtype=torch.float64):
+    """`sparse_adamw` beside torch.optim.AdamW in float64 on rows drawn like rank^-2.
+
+    The largest difference of any value read in a step or woken up, the longest sleep, and the most
+    that one row occurs in a batch.
+    """
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(n_rows, len(decays), generator=generator).double()
+    pace = schedule.one_cycle(n_steps, lr_max=lr_max)
+    optimizer = schedule.sparse_adamw(pace, n_steps, weight_decay=decays, eps=eps)
+    theirs = [torch.nn.Parameter(column.clone()) for column in table.T]
+    groups = [{"params": [p], "weight_decay": d} for p, d in zip(theirs, decays, strict=True)]
+    oracle = torch.optim.AdamW(groups, eps=eps)
+    state, since = optimizer.init(table.to(dtype)), torch.full((n_rows,), -1)
+    weights = torch.arange(1, n_rows + 1).double() ** -2
+    worst = longest = most = 0
+    for step in range(n_steps):
+        rows, counts = torch.multinomial(weights, 6, True, generator=generator).unique(
+            return_counts=True
+        )
+        grads = torch.randn(len(rows), len(decays), generator=generator).double()
+        slept = (step - since[rows])[since[rows] >= 0]
+        longest, most = max(longest, *slept.tolist(), 0), max(most, *counts.tolist())
+        if step in optimizer.rests:
+            optimizer.rest_(state, since, step)
+        steps = optimizer.steps_(state, rows.unsqueeze(0), since[rows].unsqueeze(0), step)
+        expected = torch.stack([p.detach() for p in theirs], 1)
+        worst = max(worst, (next(steps) - expected[rows]).abs().max().item())
+        steps.send((grads * counts.unsqueeze(1)).to(dtype))
+        since[rows] = step
+        for group, param, column in zip(oracle.param_groups, theirs, grads.T, strict=True):
+            group["lr"], group["betas"] = pace(step).lr, (pace(step).momentum, 0.99)
+            param.grad = torch.zeros_like(param).index_copy_(0, rows, column * counts)
+        oracle.step()
+        if step % 100 == 99 and step + 1 not in optimizer.rests:
+            expected = torch.stack([p.detach() for p in theirs], 1)
+            woken = optimizer.wake(state, since, step + 1)
+            worst = max(worst, (woken - expected).abs().max().item())
+    return worst, longest, most, len(optimizer.rests)
+
+
+@pytest.mark.parametrize(("eps", "tolerance"), [(1e-8, 2e-6), (1e-12, 2e-10), (1e-16, 1e-13)])
+def test_rows_that_sleep_are_torchs(eps, tolerance):
+    """A sleeping row neglects eps beside sqrt(v), about 1 here: the error is lr times eps / sqrt(v)
+
+    over the steps in which momentum is still felt, more where v has decayed; so 100 eps, and
+    rounding where eps is nothing. Factors and biases decay at different rates.
+    """
+    worst, longest, most, n_rests = run_rows([0.1, 0.1, 0.02], eps=eps)
+    assert worst < tolerance
+    assert longest > 500
+    assert most > 2
+    assert n_rests == 0
+
+
+@pytest.mark.parametrize(
+    ("lr_max", "decays", "least"),
+    [(0.1, [2.0, 0.01], 10), (0.3, [3.3, 0.0], 100), (0.05, [0.0, 0.0], 0)],
+)
+def test_rows_rest_where_the_decay_is_strong(lr_max, decays, least):
+    """At lr 0.3, decay 3.3 a step takes 99 % of a row. Rounding in float64, the rests included."""
+    worst, *_, n_rests = run_rows(decays, lr_max=lr_max, eps=1e-16)
+    assert worst < 1e-12
+    assert n_rests >= least
+
+
+def test_sleeping_in_float32():
+    """Values are about 1: a hundred roundings."""
+    assert run_rows([0.1, 0.1, 0.1, 0.02], dtype=torch.float32)[0] < 1e-5
+
+
+@pytest.mark.parametrize("n_steps", [1, 3])
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_row_that_was_never_in_a_batch_decays(n_steps, width):
+    optimizer = schedule.sparse_adamw(
+        schedule.constant(lr=0.5), n_steps, weight_decay=[0.5] * width
+    )
+    state = optimizer.init(torch.ones(2, width))
+    table = optimizer.wake(state, torch.full((2,), -1), n_steps)
+    assert table.tolist() == [[0.75**n_steps] * width] * 2
+
+
+def test_a_very_long_sleep_leaves_no_slow_numbers():
+    """u and r fade to 0, not to numbers too small for float32, which are slow to compute with."""
+    n_steps = 20_000
+    optimizer = schedule.sparse_adamw(schedule.constant(lr=1e-3), n_steps)
+    state, step = optimizer.init(torch.zeros(1, 4)), torch.zeros(1, 1, dtype=torch.int64)
+    steps = optimizer.steps_(state, step, step - 1, 0)
+    next(steps)
+    steps.send(torch.ones(1, 4))
+    for at in (1, 100, 300, 1000, 9000, n_steps - 1):
+        again = state.clone()
+        steps = optimizer.steps_(again, step, step, at)
+        values = next(steps)
+        assert values.abs().max() < 0.02
+        steps.send(torch.zeros(1, 4))
+        assert not ((again != 0) & (again.abs() < 1e-37)).any()
+
+
+def test_a_momentum_or_lr_without_closed_form():
+    with pytest.raises(ValueError, match=r"momentum 0\.999 is not below"):
+        schedule.sparse_adamw(schedule.constant(lr=0.1, momentum=0.999), 5)
+    with pytest.raises(ValueError, match=r"lr 2 times weight decay 0\.5 is not below 1"):
+        schedule.sparse_adamw(schedule.constant(lr=2.0), 5, weight_decay=0.5)

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import numpy
 import pytest
@@ -154,6 +155,107 @@ def test_columns_of_different_length():
                 generator=torch.Generator(),
             )
         )
+
+
+def fit_both(part, ids, *, lr_max=0.01, decays=(0.1, 0.02), n_epochs=2, batch_size=700, **options):
+    """The epochs of `fit_rows` and of `fit`: the same rows, the parameters copied."""
+    n_users, n_items = len(ids.users), len(ids.items)
+    n_steps = n_epochs * train.count_batches(len(part[0]), batch_size)
+    pace = schedule.one_cycle(n_steps, lr_max=lr_max)
+    common = {"n_epochs": n_epochs, "batch_size": batch_size}
+    factor, bias = decays
+    ways = []
+    for is_sparse in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        params = model.init_params(n_users, n_items, n_factors=6, generator=generator)
+        if is_sparse:
+            epochs = train.fit_rows(
+                model.join(params),
+                *part,
+                offsets=(0, n_users),
+                loss_and_grad_=partial(model.pair_loss_and_grad_, n_factors=6, head=HEAD),
+                optimizer=schedule.sparse_adamw(
+                    pace, n_steps, weight_decay=[factor] * 6 + [bias] * 2
+                ),
+                generator=generator,
+                **common,
+                **options,
+            )
+        else:
+            epochs = train.fit(
+                params,
+                *part,
+                loss_and_grad=partial(model.loss_and_grad, head=HEAD),
+                optimizer=schedule.adamw(pace, weight_decay=(factor, factor, bias, bias)),
+                generator=generator,
+                **common,
+            )
+        ways.append([(e.epoch, e.train_loss, [p.clone() for p in e.params]) for e in epochs])
+    return ways
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"block": 700}, {"block": 5000}, {"lr_max": 0.05, "decays": (2.0, 0.0)}],
+    ids=["one block", "a batch a block", "7 batches a block", "rests"],
+)
+def test_a_step_on_the_batchs_rows_is_the_dense_step(ua, changed):
+    """90,570 ratings are 129 batches of 700 and one of 270: the last is short."""
+    part, _, ids = ua
+    ours, theirs = fit_both(part, ids, **changed)
+    assert len(ours) == 2
+    for (epoch, loss, table), (same, dense_loss, params) in zip(ours, theirs, strict=True):
+        assert epoch == same
+        # Not closer: rows whose gradients nearly cancel have a direction that rounding decides.
+        assert loss == pytest.approx(dense_loss, rel=1e-4)
+        split = model.split_table(torch.stack(table), len(ids.users), n_factors=6)
+        for ours, theirs in zip(split, params, strict=True):
+            assert (ours - theirs).abs().mean() < 1e-4
+
+
+def test_fit_rows_repeats_its_bits_whatever_the_block(ua):
+    part, _, ids = ua
+    first, again, blocks = (
+        fit_both(part, ids, n_epochs=1, **o)[0] for o in ({}, {}, {"block": 1400})
+    )
+    for other in (again, blocks):
+        assert first[0][1] == pytest.approx(other[0][1], rel=1e-12)
+        assert all(torch.equal(a, b) for a, b in zip(first[0][2], other[0][2], strict=True))
+
+
+def test_fit_rows_takes_what_fit_takes():
+    """Fewer ratings than a batch are one batch; drop_last; a loss that is not finite."""
+    generator = torch.Generator().manual_seed(0)
+    rows, batches = torch.arange(10), []
+
+    def loss_and_grad_(pairs, grads):
+        def compute_(ratings):
+            batches.append(ratings.tolist())
+            return ratings.mean() * pairs[0, 0, 0]
+
+        return compute_
+
+    def fit(batch_size, value=1.0, **options):
+        batches.clear()
+        return train.fit_rows(
+            torch.full((12, 4), value),
+            *(rows, rows + 1, rows.float()),
+            offsets=(0, 1),
+            loss_and_grad_=loss_and_grad_,
+            optimizer=schedule.sparse_adamw(schedule.constant(lr=0.0), 100),
+            n_epochs=1,
+            batch_size=batch_size,
+            generator=generator,
+            **options,
+        )
+
+    assert [epoch.train_loss for epoch in fit(64)] == [4.5]
+    assert [epoch.train_loss for epoch in fit(4)] == [4.5]
+    assert [len(batch) for batch in batches] == [4, 4, 2]
+    list(fit(4, drop_last=True))
+    assert [len(batch) for batch in batches] == [4, 4]
+    with pytest.raises(ValueError, match="the loss is nan in epoch 1"):
+        list(fit(4, value=math.nan))
 
 
 PREDICTION = numpy.array([0.5, 2.0, 3.5, 6.0])
