@@ -379,7 +379,7 @@ def read_ratings(path: Path) -> polars.DataFrame:
     names the file and the line, for anything else; OSError when `path` can't be read.
     """
     name = _find(path, RATINGS_FILES)
-    if name is None and not path.is_file():
+    if name is None and (path.is_dir() or _is_zip(path)):
         raise ValueError(f"{path}: no {', '.join(RATINGS_FILES)} in it")
     with _open(path, name) as (label, file):
         first = file.readline(LONGEST_LINE).removeprefix(b"\xef\xbb\xbf")
@@ -410,7 +410,7 @@ def _find(path: Path, names: Sequence[str]) -> str | None:
 
 
 def _is_zip(path: Path) -> bool:
-    return path.suffix == ".zip" or zipfile.is_zipfile(path)
+    return path.suffix == ".zip" or (path.is_file() and zipfile.is_zipfile(path))
 
 
 @contextmanager
@@ -493,7 +493,7 @@ def _parse(label: str, block: bytes, form: _Form, n_above: int) -> polars.DataFr
     """The ratings of whole lines, of which `n_above` are above in the file."""
     separator, content = form.separator, block
     if separator == "::":  # polars' separator is one byte
-        separator, content = "\t", block.replace(b"::", b"\t")
+        separator, content = "\x1f", block.replace(b"::", b"\x1f")
     names = [name or f"_{place}" for place, name in enumerate(form.columns)]
     schema = {name: RATING_SCHEMA.get(name, polars.String) for name in names}
     columns = [name for name in RATING_SCHEMA if name in schema]
@@ -592,7 +592,8 @@ def read_items(path: Path) -> polars.DataFrame | None:
     if found is None:
         return None
     label, name, content = found
-    options = {"separator": "\t", "quote_char": None, "has_header": name != "movies.dat"}
+    options = {"separator": "\t", "quote_char": None, "has_header": False}
+    options["skip_rows"] = int(name != "movies.dat")  # its header
     if name == "movies.csv":
         options |= {"separator": ",", "quote_char": '"'}
     elif name == "movies.dat":
