@@ -294,7 +294,7 @@ def _names(allowed):
 
 
 def _notice(line):
-    click.echo(line, err=True)
+    click.echo(" ".join(line.splitlines()), err=True)  # a file may have any name
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -402,7 +402,7 @@ def _find(path: Path, names: Sequence[str]) -> str | None:
     if path.is_dir():
         found = {name: name for name in names if (path / name).is_file()}
     elif _is_zip(path):
-        with _reading_zip(path), zipfile.ZipFile(path) as archive:
+        with _naming(path), zipfile.ZipFile(path) as archive:
             found = {PurePosixPath(name).name: name for name in archive.namelist()}
     else:
         return None
@@ -414,12 +414,16 @@ def _is_zip(path: Path) -> bool:
 
 
 @contextmanager
-def _reading_zip(path: Path) -> Iterator[None]:
-    """ValueError, naming `path`, for what a broken zip raises."""
+def _naming(path: Path) -> Iterator[None]:
+    """An error that names `path`, for what a broken zip or a device raises without it."""
     try:
         yield
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
         raise ValueError(f"{path}: no good zip ({error})") from None
+    except OSError as error:
+        if error.filename:
+            raise
+        raise OSError(f"{path}: {error.strerror or error}") from None
 
 
 @contextmanager
@@ -430,10 +434,10 @@ def _open(path: Path, name: str | None) -> Iterator[tuple[str, IO[bytes]]]:
     """
     if name is None or path.is_dir():
         path = path / (name or "")
-        with open(path, "rb") as file:
+        with _naming(path), open(path, "rb") as file:
             yield str(path), file
         return
-    with _reading_zip(path), zipfile.ZipFile(path) as archive:
+    with _naming(path), zipfile.ZipFile(path) as archive:
         label = f"{path}, {name if name.isprintable() else ascii(name)}"
         if archive.getinfo(name).file_size > LARGEST_MEMBER:
             raise ValueError(f"{label}: more than {LARGEST_MEMBER:,} bytes")
@@ -530,10 +534,14 @@ def _find_wrong(line: bytes, form: _Form) -> str | None:
             return f"a value is missing ({name})"
         try:
             value = float(text) if name == "rating" else int(text)
+            if "_" in text or not text.isascii():  # which Python takes, and polars does not
+                raise ValueError
         except ValueError:
             return f"could not parse {name} {text[:40]!r}"
-        if not abs(value) < (3.4028235e38 if name == "rating" else 2**63):
+        if name == "rating" and not abs(value) < 3.4028235e38:
             return f"{name} {text[:40]!r} is not finite"
+        if name != "rating" and not -(2**63) <= value < 2**63:
+            return f"{name} {text[:40]!r} is too large"
     return None
 
 
@@ -559,7 +567,8 @@ def _read_table(label: str, content: bytes, schema: dict, **options) -> polars.D
     except polars.exceptions.NoDataError:
         return polars.DataFrame(schema=schema)
     except polars.exceptions.PolarsError as error:
-        raise ValueError(f"{label}: {str(error).splitlines()[0]}") from None
+        why = str(error).splitlines()[0]
+        raise ValueError(f"{label}: not a table of {', '.join(schema)}: {why}") from None
 
 
 def read_users(path: Path) -> polars.DataFrame | None:

@@ -470,12 +470,14 @@ def test_every_form_of_a_file_gives_the_same_model(through_click, half_stars):
         ("--ratings empty", "empty: no ratings"),
         ("--ratings bad.csv", "bad.csv, line 3: could not parse rating 'x'"),
         ("--ratings words.zip", "words.zip: no good zip"),
+        ("--ratings two\nlines", "two lines, line 1: no tab"),
         ("--ratings other", "other: no ratings.csv, ratings.dat, u.data in it"),
     ],
 )
 def test_wrong_data_is_one_line(half_stars, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(half_stars)
     (half_stars / "empty").touch()
+    (half_stars / "two\nlines").write_text("text")
     (half_stars / "bad.csv").write_text("user,item,rating\n1,2,3\n1,3,x\n")
     (half_stars / "words.zip").write_text("words")
     (half_stars / "other").mkdir()
@@ -492,7 +494,7 @@ def test_wrong_data_is_one_line(half_stars, monkeypatch, capsys, arguments, mess
 
 @pytest.mark.usefixtures("offline")
 def test_another_data_set_without_network(tmp_path, monkeypatch, capsys):
-    command = "collab.py train --dataset ml-32m --data-dir".split(" ")
+    command = ["collab.py", "train", "--dataset", "ml-32m", "--data-dir"]
     monkeypatch.setattr(sys, "argv", [*command, str(tmp_path / "new")])
     with pytest.raises(SystemExit) as caught:
         collab.main()
