@@ -1,4 +1,4 @@
-"""Train a collaborative-filtering model on MovieLens 100K: `python collab.py train`.
+"""Train a collaborative-filtering model on MovieLens: `python collab.py train`.
 
 The recipes, the functions that join the four other modules to a training, and the commands, which
 read their options, call these and print. The modules are imported inside the functions that need
@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import sys
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import click
 
 FEATURES = ("id", "implicit", "side", "time")
+DATASETS = ("ml-100k", "ml-latest-small", "ml-1m", "ml-10m", "ml-20m", "ml-25m", "ml-32m")
 SPLITS = ("ua", "ub", "u1", "u2", "u3", "u4", "u5", "random")
 
 # fastai: fastai v1's lesson, matched in every detail. default and best: chosen by tests/tune.py on
@@ -98,6 +100,19 @@ def prepare(train, test, kinds, *, users=None, items=None):
         context, test_context = data.time_context(train, test)
         part, test_part = (*part, context), (*test_part, test_context)
     return Task(part, test_part, ids, seen, features)
+
+
+def choose_features(kinds, ratings, users, items, *, is_given):
+    """Those of `kinds` that the data has; ValueError for another if `is_given` by the user."""
+    lacks = {}
+    if users is None and items is None:
+        lacks["side"] = "tables of users or items"
+    if "timestamp" not in ratings.columns:
+        lacks["time"] = "timestamps"
+    for kind in kinds:
+        if is_given and kind in lacks:
+            raise ValueError(f"the feature {kind}: the data has no {lacks[kind]}")
+    return tuple(kind for kind in kinds if kind not in lacks)
 
 
 def choose_head(ratings, options):
@@ -305,6 +320,12 @@ def _interval(context, parameter, value):
     return value
 
 
+def _split(context, parameter, value):
+    if value not in (None, *SPLITS) and not re.fullmatch(r"last[1-9]\d{0,8}", value):
+        raise click.BadParameter(f"'{value}' is not one of {', '.join(SPLITS)}, last1, last10 ...")
+    return value
+
+
 def _names(allowed):
     """A callback: names separated by commas, each one of `allowed` and none twice."""
 
@@ -323,7 +344,7 @@ def _names(allowed):
 
 
 def _notice(line):
-    click.echo(line, err=True)
+    click.echo(" ".join(line.splitlines()), err=True)  # a file may have any name
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -334,7 +355,13 @@ def cli():
 FILE = click.Path(path_type=Path)
 POSITIVE = click.FloatRange(0, min_open=True)
 MODEL_OPTIONS = [
-    click.option("--dataset", type=click.Choice(["ml-100k"]), default="ml-100k", show_default=True),
+    click.option("--dataset", type=click.Choice(DATASETS), help="A MovieLens.  [default: ml-100k]"),
+    click.option(
+        "--ratings",
+        "source",
+        type=FILE,
+        help="Instead: a file of user, item, rating[, timestamp]; a MovieLens's folder or zip.",
+    ),
     click.option("--data-dir", type=FILE, help="Folder of the data.  [default: the user's cache]"),
     click.option(
         "--recipe",
@@ -410,7 +437,14 @@ def choose_options(recipe, given):
     return options
 
 
-def start(threads, data_dir, paths):
+def choose_dataset(dataset, source):
+    """The data set's name, None with ratings of the user's own. UsageError for both."""
+    if dataset is not None and source is not None:
+        raise click.UsageError(f"--dataset {dataset} and --ratings {source} are two data sets.")
+    return dataset or (DATASETS[0] if source is None else None)
+
+
+def start(threads, dataset, source, data_dir, paths):
     """What every command does first: check, fetch, read. Returns ratings, users, items."""
     import torch
 
@@ -419,12 +453,19 @@ def start(threads, data_dir, paths):
     for path in filter(None, paths):
         data.check_writable(path)  # said now, not after the training
     torch.set_num_threads(threads)
-    folder = data.get_ml_100k(data_dir, notice=_notice)
-    return data.read_ratings(folder / "u.data"), data.read_users(folder), data.read_items(folder)
+    if source is None:
+        source = data.get_dataset(dataset, data_dir, notice=_notice)
+    return data.read_ratings(source), data.read_users(source), data.read_items(source)
 
 
 @cli.command("train")
-@click.option("--split", type=click.Choice(SPLITS), default="ua", show_default=True)
+@click.option(
+    "--split",
+    callback=_split,
+    metavar="NAME",
+    help="ua, ub, u1 to u5 (ml-100k only), random, or last1, last10 ...: each user's last by time."
+    "  [default: ua for ml-100k, else random]",
+)
 @click.option(
     "--holdout",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -433,15 +474,25 @@ def start(threads, data_dir, paths):
 )
 @with_model_options
 @click.option("--save", type=FILE, help="Write the model to this file.")
-def train_command(dataset, data_dir, split, holdout, recipe, seed, threads, save, metrics, **given):
+def train_command(
+    dataset, source, data_dir, split, holdout, recipe, seed, threads, save, metrics, **given
+):
     """Train a model, printing its error on the test part after each epoch."""
     options = choose_options(recipe, given)
+    dataset = choose_dataset(dataset, source)
+    split = split or ("ua" if dataset == "ml-100k" else "random")
     if save is not None and metrics is not None and save.resolve() == metrics.resolve():
         raise click.UsageError(f"--save and --metrics are both {save}.")
     started = time.perf_counter()
-    ratings, users, items = start(threads, data_dir, (save, metrics))
+    ratings, *about = start(threads, dataset, source, data_dir, (save, metrics))
+    is_given = given["features"] is not None
+    options["features"] = choose_features(options["features"], ratings, *about, is_given=is_given)
+    if "time" not in options["features"] and not split.startswith("last"):
+        ratings = ratings.drop("timestamp", strict=False)
     frames = cut(ratings, split, seed=seed, holdout=holdout)
-    task = prepare(*frames, options["features"], users=users, items=items)
+    del ratings  # of 25 million, half a gigabyte; and so are the frames
+    task = prepare(*frames, options["features"], users=about[0], items=about[1])
+    del frames
     choose_head(task.train[2], options)  # its errors come before the table
     load_seconds = time.perf_counter() - started
     if unseen := describe_unseen(task):
@@ -453,7 +504,7 @@ def train_command(dataset, data_dir, split, holdout, recipe, seed, threads, save
     evaluate_seconds = sum(row.pop("evaluate_seconds") for row in rows)
     figures = {
         "recipe": recipe,
-        "dataset": dataset,
+        "dataset": dataset or str(source),
         "split": split,
         "seed": seed,
         "options": options,
@@ -510,13 +561,16 @@ def show_epochs(epochs, n_epochs):
 )
 @with_model_options
 def cross_validate_command(
-    dataset, data_dir, splits, folds, recipe, seed, threads, metrics, **given
+    dataset, source, data_dir, splits, folds, recipe, seed, threads, metrics, **given
 ):
     """Train and test on several splits, printing each one's error, the mean and the spread."""
     options = choose_options(recipe, given)
     if folds and splits:
         raise click.UsageError("--splits and --folds do not go together.")
-    ratings, users, items = start(threads, data_dir, (metrics,))
+    dataset = choose_dataset(dataset, source)
+    ratings, *about = start(threads, dataset, source, data_dir, (metrics,))
+    is_given = given["features"] is not None
+    options["features"] = choose_features(options["features"], ratings, *about, is_given=is_given)
 
     import data
 
@@ -529,7 +583,7 @@ def cross_validate_command(
     click.echo(" fold | test_rmse | test_mae |    time")
     rows = []
     for name, frames in parts:
-        task = prepare(*frames, options["features"], users=users, items=items)
+        task = prepare(*frames, options["features"], users=about[0], items=about[1])
         if unseen := describe_unseen(task):
             _notice(f"{name}: {unseen}")
         seconds = 0.0
@@ -541,7 +595,7 @@ def cross_validate_command(
         click.echo("{fold:>5} | {rmse:9.4f} | {mae:8.4f} | {seconds:5.2f} s".format_map(rows[-1]))
     figures = {
         "recipe": recipe,
-        "dataset": dataset,
+        "dataset": dataset or str(source),
         "seed": seed,
         "options": options,
         "folds": rows,

@@ -13,6 +13,7 @@
 import hashlib
 import http.client
 import io
+import itertools
 import lzma
 import os
 import re
@@ -27,15 +28,17 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, NamedTuple
 
 import numpy
 import polars
 import torch
 from torch import Tensor
 
-ML_100K_URL = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
+GROUPLENS = "https://files.grouplens.org/datasets/movielens"
+ML_100K_URL = f"{GROUPLENS}/ml-100k.zip"
 ML_100K_ZIP_MD5 = "0e33842e24a9c977be4e0107933c0723"
 # The recbole wheel carries the same ratings and can be had from any package index.
 ML_100K_WHEEL = "recbole==1.2.1"
@@ -54,6 +57,16 @@ ML_100K_GENRES = [
 ]
 # fmt: on
 LARGEST_DOWNLOAD = 64 << 20  # bytes; the zip has 5 MB, the largest member read 2 MB
+# The other MovieLens: the most bytes that the zip may have, and its published MD5.
+# ml-latest-small has none, for GroupLens renews it.
+DATASETS = {
+    "ml-latest-small": (4 << 20, None),
+    "ml-1m": (8 << 20, "c4d9eecfca2ab87c1945afe126590906"),
+    "ml-10m": (80 << 20, "ce571fd55effeba0271552578f2648bd"),
+    "ml-20m": (240 << 20, "cd245b17a1ae2cc31bb14903e1204af3"),
+    "ml-25m": (300 << 20, "6b51fb2759a8657d3bfcbfc42b592ada"),
+    "ml-32m": (300 << 20, "d472be332d4daa821edc399621853b57"),
+}
 
 
 def default_data_dir() -> Path:
@@ -125,6 +138,48 @@ def write_file(path: Path, content: bytes) -> None:
         raise OSError(f"{path} cannot be written: {error.strerror}") from None
 
 
+def get_dataset(
+    name: str,
+    data_dir: Path | None = None,
+    *,
+    notice: Callable[[str], None] = lambda line: None,
+    server: str = GROUPLENS,
+    timeout: float = 10.0,
+) -> Path:
+    """Return what `read_ratings` reads of a MovieLens: ml-100k's folder, the zip of the others.
+
+    `name` is ml-100k, for which see `get_ml_100k`, or one of `DATASETS`: `server/NAME.zip` is kept
+    as `data_dir/NAME.zip` and verified by its MD5, if it has one, each time. `timeout`, in seconds,
+    is how long the server may stay silent; a download may take twelve times as long for each 64 MiB
+    it may have. `notice` gets one line before a download, and one on where the data came from.
+    ValueError for another name; OSError, in one line, when the data can't be had.
+    """
+    if name == "ml-100k":
+        url = f"{server}/ml-100k.zip"
+        return get_ml_100k(data_dir, notice=notice, url=url, timeout=timeout)
+    if name not in DATASETS:
+        raise ValueError(f"no data set '{name}': it is ml-100k, {', '.join(DATASETS)}")
+    largest, md5 = DATASETS[name]
+    path, url = (data_dir or default_data_dir()) / f"{name}.zip", f"{server}/{name}.zip"
+    if path.exists():
+        with open(path, "rb") as file:
+            if md5 in (None, hashlib.file_digest(file, "md5").hexdigest()):
+                notice(f"{name}: from the cache {path}")
+                return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path)  # said now, not after the download
+    notice(f"{name}: downloading {url}")
+    try:
+        content = _download(url, md5, timeout, largest)
+        if not zipfile.is_zipfile(io.BytesIO(content)):
+            raise OSError("no zip")
+    except OSError as error:
+        raise OSError(f"{name} can't be had: {url}: {error}") from None
+    write_file(path, content)
+    notice(f"{name}: from {url}, kept in {path}")
+    return path
+
+
 def get_ml_100k(
     data_dir: Path | None = None,
     *,
@@ -154,7 +209,7 @@ def get_ml_100k(
     except OSError as error:
         raise OSError(f"{folder}: {error.strerror}") from None
     sources = (
-        (url, lambda: _from_zip(_download(url, zip_md5, timeout))),
+        (url, lambda: _from_zip(_download(url, zip_md5, timeout, LARGEST_DOWNLOAD))),
         (f"{wheel} through pip", lambda: _from_wheel(_pip_download(wheel, 12 * timeout))),
     )
     for source, fetch in sources:
@@ -184,31 +239,32 @@ def _verifies(folder: Path, name: str) -> bool:
         return False
 
 
-def _download(url: str, md5: str, timeout: float) -> bytes:
+def _download(url: str, md5: str | None, timeout: float, largest: int) -> bytes:
     """The bytes at `url`. In a thread: no time-out of a socket bounds a server that drips."""
+    limit = 12 * timeout * max(1, largest / LARGEST_DOWNLOAD)
     answer: list[bytes | OSError] = []
     thread = threading.Thread(
-        target=lambda: answer.append(_try_download(url, timeout)), daemon=True
+        target=lambda: answer.append(_try_download(url, timeout, largest)), daemon=True
     )
     thread.start()
-    thread.join(12 * timeout)
-    content = answer[0] if answer else OSError(f"not all in {12 * timeout:g} s")
+    thread.join(limit)
+    content = answer[0] if answer else OSError(f"not all in {limit:g} s")
     if isinstance(content, OSError):
         raise content
-    if hashlib.md5(content).hexdigest() != md5:
+    if md5 not in (None, hashlib.md5(content).hexdigest()):
         raise OSError("the zip failed its checksum")
     return content
 
 
-def _try_download(url: str, timeout: float) -> bytes | OSError:
-    content = bytearray()
+def _try_download(url: str, timeout: float, largest: int) -> bytes | OSError:
+    content = io.BytesIO()  # whose getvalue() copies nothing
     try:
         with urllib.request.urlopen(url, timeout=timeout) as response:
             expected = response.headers.get("Content-Length")
             while chunk := response.read1(1 << 20):
-                content += chunk
-                if len(content) > LARGEST_DOWNLOAD:
-                    return OSError(f"more than {LARGEST_DOWNLOAD:,} bytes")
+                content.write(chunk)
+                if content.tell() > largest:
+                    return OSError(f"more than {largest:,} bytes")
     except urllib.error.HTTPError as error:
         error.close()
         return OSError(f"HTTP {error.code} {error.reason}")
@@ -220,9 +276,9 @@ def _try_download(url: str, timeout: float) -> bytes | OSError:
         return OSError(f"no answer in {timeout:g} s")
     except (OSError, http.client.HTTPException) as error:
         return OSError(f"broke off ({error!r})")
-    if expected is not None and len(content) != int(expected):
-        return OSError(f"broke off after {len(content):,} of {int(expected):,} bytes")
-    return bytes(content)
+    if expected is not None and content.tell() != int(expected):
+        return OSError(f"broke off after {content.tell():,} of {int(expected):,} bytes")
+    return content.getvalue()
 
 
 def _pip_download(requirement: str, timeout: float) -> bytes:
@@ -262,12 +318,16 @@ def _from_zip(archive: bytes) -> dict[str, bytes]:
     """GroupLens's zip: u.item is Latin-1, `item|title (year)|date||URL|19 genre flags`."""
     names = ["ml-100k/u.data", "ml-100k/u.user", "ml-100k/u.item"]
     ratings, users, items = _members(archive, names)
+    return {"u.data": ratings, "u.user": users, "items.tsv": _items_tsv(_from_u_item(items))}
+
+
+def _from_u_item(content: bytes) -> list[tuple[str, str, list[str]]]:
     rows = []
-    for line in items.decode("latin-1").splitlines():
+    for line in content.decode("latin-1").splitlines():
         item, title, _date, _video, _url, *flags = line.split("|")
         genres = [genre for genre, flag in zip(ML_100K_GENRES, flags, strict=True) if flag == "1"]
         rows.append((item, title, genres))
-    return {"u.data": ratings, "u.user": users, "items.tsv": _items_tsv(rows)}
+    return rows
 
 
 def _from_wheel(archive: bytes) -> dict[str, bytes]:
@@ -294,68 +354,288 @@ def _items_tsv(rows: list[tuple[str, str, list[str]]]) -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
+RATINGS_FILES = ("ratings.csv", "ratings.dat", "u.data")
+ITEMS_FILES = ("items.tsv", "movies.csv", "movies.dat", "u.item")
+USERS_FILES = ("u.user", "users.dat")
+LARGEST_MEMBER = 4 << 30  # bytes of a file in a zip; ml-32m's ratings have 0.9e9
+LONGEST_LINE = 1 << 16  # bytes
+BLOCK = 4 << 20  # bytes parsed at a time
+RATING_SCHEMA = {
+    "user": polars.Int64,
+    "item": polars.Int64,
+    "rating": polars.Float32,
+    "timestamp": polars.Int64,
+}
+
+
 def read_ratings(path: Path) -> polars.DataFrame:
-    """`user item rating timestamp`, tab-separated without a header, in file order.
+    """Ratings from a file, or from the folder or zip of a MovieLens, in file order.
 
-    Columns user, item, timestamp int64 (raw ids, Unix seconds) and rating float32. ValueError
-    naming the file for anything else.
+    A file has lines of user, item, rating and, if it likes, timestamp, between tabs, commas or
+    `::`, without quotes. A first line without numbers names the columns: user..., item... or
+    movie..., rating..., time..., in any order, others among them. In a folder or a zip the file is
+    the first of `RATINGS_FILES`. Columns user, item (raw ids) and timestamp (Unix seconds; no such
+    column if the file has none) int64, rating float32, without nulls. ValueError, in one line that
+    names the file and the line, for anything else; OSError when `path` can't be read.
     """
-    schema = {
-        "user": polars.Int64,
-        "item": polars.Int64,
-        "rating": polars.Float32,
-        "timestamp": polars.Int64,
-    }
-    ratings = _read(path, schema, separator="\t", has_header=False)
-    if not len(ratings):
-        raise ValueError(f"{path}: no ratings")
-    bad = ratings.select(
-        polars.any_horizontal(polars.all().is_null()) | ~polars.col("rating").is_finite()
-    ).to_series()
-    if bad.any():
-        raise ValueError(f"{path}, line {bad.arg_max() + 1}: a value is missing or not finite")
-    return ratings
+    name = _find(path, RATINGS_FILES)
+    if name is None and (path.is_dir() or _is_zip(path)):
+        raise ValueError(f"{path}: no {', '.join(RATINGS_FILES)} in it")
+    with _open(path, name) as (label, file):
+        first = file.readline(LONGEST_LINE).removeprefix(b"\xef\xbb\xbf")
+        if not first.strip():
+            raise ValueError(f"{label}: no ratings" + (" in line 1" if first else ""))
+        form, is_header = _detect(label, first)
+        frames, n_above = [], int(is_header)
+        block = b"" if is_header else first
+        while block := block + _read_lines(label, file):
+            frames.append(_parse(label, block, form, n_above))
+            n_above += len(frames[-1])
+            block = b""
+    if not frames:
+        raise ValueError(f"{label}: no ratings")
+    return polars.concat(frames, rechunk=False)
 
 
-def _read(path: Path, schema: dict, **options) -> polars.DataFrame:
+def _find(path: Path, names: Sequence[str]) -> str | None:
+    """Which file of a folder, or member of a zip, has the first of `names` that is there."""
+    if path.is_dir():
+        found = {name: name for name in names if (path / name).is_file()}
+    elif _is_zip(path):
+        with _naming(path), zipfile.ZipFile(path) as archive:
+            found = {PurePosixPath(name).name: name for name in archive.namelist()}
+    else:
+        return None
+    return next((found[name] for name in names if name in found), None)
+
+
+def _is_zip(path: Path) -> bool:
+    return path.suffix == ".zip" or (path.is_file() and zipfile.is_zipfile(path))
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An error that names `path`, for what a broken zip or a device raises without it."""
     try:
-        # The bytes, not the path: polars would take a * in a path for a pattern.
-        return polars.read_csv(path.read_bytes(), schema=schema, **options)
-    except polars.exceptions.NoDataError:
-        return polars.DataFrame(schema=schema)
+        yield
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path}: no good zip ({error})") from None
+    except OSError as error:
+        if error.filename:
+            raise
+        raise OSError(f"{path}: {error.strerror or error}") from None
+
+
+@contextmanager
+def _open(path: Path, name: str | None) -> Iterator[tuple[str, IO[bytes]]]:
+    """What `_find` found, `path` itself for None: what to call it in a message, and the file.
+
+    A zip's member is read as a stream: no name in an archive ever becomes a path.
+    """
+    if name is None or path.is_dir():
+        path = path / (name or "")
+        with _naming(path), open(path, "rb") as file:
+            yield str(path), file
+        return
+    with _naming(path), zipfile.ZipFile(path) as archive:
+        label = f"{path}, {name if name.isprintable() else ascii(name)}"
+        if archive.getinfo(name).file_size > LARGEST_MEMBER:
+            raise ValueError(f"{label}: more than {LARGEST_MEMBER:,} bytes")
+        with archive.open(name) as file:
+            yield label, file
+
+
+def _read_lines(label: str, file: IO[bytes]) -> bytes:
+    """The next block of whole lines."""
+    block, rest = file.read(BLOCK), file.readline(LONGEST_LINE)
+    if len(rest) == LONGEST_LINE:
+        raise ValueError(f"{label}: a line of {LONGEST_LINE:,} bytes or more")
+    return block + rest
+
+
+class _Form(NamedTuple):
+    """How the lines of a file of ratings are made."""
+
+    separator: str
+    columns: list[str | None]  # what each field is; None for one that is not read
+
+
+def _detect(label: str, first: bytes) -> tuple[_Form, bool]:
+    """The form of a file by its first line, and whether that is a header."""
+    where = f"{label}, line 1"
+    try:
+        line = first.decode().rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"{where}: it is not UTF-8") from None
+    separator = next((s for s in ("\t", "::", ",") if s in line), None)
+    if separator is None:
+        raise ValueError(f"{where}: no tab, comma or '::' between user, item and rating")
+    fields = line.split(separator)
+    if any(map(_is_number, fields)):
+        if len(fields) not in (3, 4):
+            raise ValueError(f"{where}: {len(fields)} fields, not user, item, rating[, timestamp]")
+        return _Form(separator, list(RATING_SCHEMA)[: len(fields)]), False
+    columns = []
+    for field in fields:
+        known = re.match(r"\W*(user|item|movie|rating|time)", field.lower())
+        name = {"movie": "item", "time": "timestamp"}.get(known[1], known[1]) if known else None
+        columns.append(None if name in columns else name)
+    if missing := [name for name in ("user", "item", "rating") if name not in columns]:
+        raise ValueError(f"{where}: the header has no column {', '.join(missing)}")
+    return _Form(separator, columns), True
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _parse(label: str, block: bytes, form: _Form, n_above: int) -> polars.DataFrame:
+    """The ratings of whole lines, of which `n_above` are above in the file."""
+    separator, content = form.separator, block
+    if separator == "::":  # polars' separator is one byte
+        separator, content = "\x1f", block.replace(b"::", b"\x1f")
+    names = [name or f"_{place}" for place, name in enumerate(form.columns)]
+    schema = {name: RATING_SCHEMA.get(name, polars.String) for name in names}
+    columns = [name for name in RATING_SCHEMA if name in schema]
+    options = {"separator": separator, "has_header": False, "quote_char": None}
+    try:
+        ratings = polars.read_csv(content, schema=schema, **options).select(columns)
+        why = "a value is missing or not finite"
+        is_good = not sum(ratings.null_count().row(0)) and ratings["rating"].is_finite().all()
+        # polars lets pass a field too many or too few where it need not read it.
+        n_separators = numpy.count_nonzero(numpy.frombuffer(content, "u1") == ord(separator))
+        if is_good and n_separators == len(ratings) * (len(names) - 1):
+            return ratings
     except polars.exceptions.PolarsError as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+        why = str(error).splitlines()[0]
+    # Only now is a block looked at line by line.
+    lines = block.removesuffix(b"\n").split(b"\n")
+    for number, line in enumerate(lines, n_above + 1):
+        if wrong := _find_wrong(line, form):
+            raise ValueError(f"{label}, line {number}: {wrong}")
+    raise ValueError(f"{label}, lines {n_above + 1} to {n_above + len(lines)}: {why}")
+
+
+def _find_wrong(line: bytes, form: _Form) -> str | None:
+    try:
+        fields = line.decode().removesuffix("\r").split(form.separator)
+    except UnicodeDecodeError:
+        return "it is not UTF-8"
+    if len(fields) != len(form.columns):
+        return f"fields: {len(fields)}, not {len(form.columns)}"
+    for name, text in zip(form.columns, fields, strict=True):
+        if name is None:
+            continue
+        if not text:
+            return f"a value is missing ({name})"
+        try:
+            value = float(text) if name == "rating" else int(text)
+            if "_" in text or not text.isascii():  # which Python takes, and polars does not
+                raise ValueError
+        except ValueError:
+            return f"could not parse {name} {text[:40]!r}"
+        if name == "rating" and not abs(value) < 3.4028235e38:
+            return f"{name} {text[:40]!r} is not finite"
+        if name != "rating" and not -(2**63) <= value < 2**63:
+            return f"{name} {text[:40]!r} is too large"
+    return None
 
 
 def write_ratings(ratings: polars.DataFrame, path: Path) -> None:
-    """The inverse of `read_ratings`; whole ratings are written as GroupLens does, `3` for 3.0."""
+    """Tab-separated without a header; whole ratings are written as GroupLens does, `3` for 3.0."""
     if (ratings["rating"] == ratings["rating"].round()).all():
         ratings = ratings.with_columns(polars.col("rating").cast(polars.Int64))
     write_file(path, ratings.write_csv(separator="\t", include_header=False).encode())
 
 
-def read_users(folder: Path) -> polars.DataFrame:
-    """Demographics: user and age int64, gender, occupation and zip_code strings."""
-    schema = {
-        "user": polars.Int64,
-        "age": polars.Int64,
-        "gender": polars.String,
-        "occupation": polars.String,
-        "zip_code": polars.String,
-    }
-    return _read(folder / "u.user", schema, separator="|", has_header=False)
+def _read_beside(path: Path, names: Sequence[str]) -> tuple[str, str, bytes] | None:
+    """Label, name and content of the first of `names` in a folder or a zip, None without it."""
+    name = _find(path, names)
+    if name is None:
+        return None
+    with _open(path, name) as (label, file):
+        return label, PurePosixPath(name).name, file.read()
 
 
-def read_items(folder: Path) -> polars.DataFrame:
-    """Films: item int64, title string, year int64 (null if unknown), genres list of strings."""
-    schema = {
-        "item": polars.Int64,
-        "title": polars.String,
-        "year": polars.Int64,
-        "genres": polars.String,
-    }
-    items = _read(folder / "items.tsv", schema, separator="\t", quote_char=None)
-    return items.with_columns(polars.col("genres").str.split("|"))
+def _read_table(label: str, content: bytes, schema: dict, **options) -> polars.DataFrame:
+    try:
+        return polars.read_csv(content, schema=schema, **options)
+    except polars.exceptions.NoDataError:
+        return polars.DataFrame(schema=schema)
+    except polars.exceptions.PolarsError as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"{label}: not a table of {', '.join(schema)}: {why}") from None
+
+
+def read_users(path: Path) -> polars.DataFrame | None:
+    """Demographics: user and age int64, gender, occupation and zip_code strings.
+
+    From the first of `USERS_FILES` in a folder or a zip, None if it has none. In users.dat an
+    occupation is a number, and an age the lowest of its group. ValueError names a broken file.
+    """
+    found = _read_beside(path, USERS_FILES)
+    if found is None:
+        return None
+    label, name, content = found
+    columns = ["user", "age", "gender", "occupation", "zip_code"]
+    order = columns
+    if name == "users.dat":
+        order = ["user", "gender", "age", "occupation", "zip_code"]
+        content = content.replace(b"::", b"|")
+    schema = {c: polars.Int64 if c in ("user", "age") else polars.String for c in order}
+    users = _read_table(label, content, schema, separator="|", has_header=False, quote_char=None)
+    return users.select(columns)
+
+
+def read_items(path: Path) -> polars.DataFrame | None:
+    """Films: item int64, title string, year int64 (null if unknown), genres list of strings.
+
+    From the first of `ITEMS_FILES` in a folder or a zip, None if it has none. The year is the last
+    one in parentheses in the title. ValueError names a broken file.
+    """
+    found = _read_beside(path, ITEMS_FILES)
+    if found is None:
+        return None
+    label, name, content = found
+    options = {"separator": "\t", "quote_char": None, "has_header": False}
+    options["skip_rows"] = int(name != "movies.dat")  # its header
+    if name == "movies.csv":
+        options |= {"separator": ",", "quote_char": '"'}
+    elif name == "movies.dat":
+        content = _to_utf8(content).replace(b"::", b"\t")
+    elif name == "u.item":
+        try:
+            content = _items_tsv(_from_u_item(content))
+        except ValueError as error:
+            raise ValueError(f"{label}: not item|title|date|video|URL|flags: {error}") from None
+    columns = ["item", "title", "genres"]
+    if name in ("items.tsv", "u.item"):
+        columns.insert(2, "year")
+    schema = dict.fromkeys(columns, polars.String) | {"item": polars.Int64}
+    title = polars.col("title").str.strip_chars()
+    genres = polars.col("genres").fill_null("").str.replace("(no genres listed)", "", literal=True)
+    return _read_table(label, content, schema, **options).select(
+        "item",
+        title,
+        title.str.extract(r".*\((\d{4})\)").cast(polars.Int64).alias("year"),
+        genres.str.extract_all(r"[^|]+"),
+    )
+
+
+def _to_utf8(content: bytes) -> bytes:
+    """ml-10m's films are UTF-8 as they are, ml-1m's Latin-1."""
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return content.decode("latin-1").encode()
+    return content
+
+
+PUBLISHED_SPLITS = ("ua", "ub", "u1", "u2", "u3", "u4", "u5")
 
 
 def split(
@@ -364,27 +644,55 @@ def split(
     """Cut `ratings` into a train and a test part, each sorted by user, then item.
 
     ua and ub: each user's first ten ratings in file order are the test part, or the next ten.
-    u1 to u5: the k-th fifth of the lines is. random: a tenth, drawn by `seed`. The first seven are
-    GroupLens's published splits of ml-100k (rules of its mku.sh and allbut.pl).
+    u1 to u5: the k-th fifth of the lines is. These are GroupLens's published splits of ml-100k
+    (rules of its mku.sh and allbut.pl), and of 100,000 ratings only. random: a tenth, drawn by
+    `seed`. last1, last10 and any other lastN: each user's last N by time (of one time, the later in
+    the file); of a user with N ratings or fewer, all but the first. ValueError for any other.
     """
     row = polars.int_range(polars.len())
+    if name in PUBLISHED_SPLITS and len(ratings) != 100_000:
+        raise ValueError(
+            f"the split {name} is of ml-100k's 100,000 ratings, and here are {len(ratings):,}: "
+            "random, last10 and folds go with any"
+        )
     if name == "ua":
         is_test = row.over("user") < 10
     elif name == "ub":
         is_test = row.over("user").is_between(10, 19)
-    elif name in ("u1", "u2", "u3", "u4", "u5"):
+    elif name in PUBLISHED_SPLITS:
         is_test = row * 5 // polars.len() == int(name[1]) - 1
     elif name == "random":
         return hold_out(ratings, 0.1, seed=seed)
+    elif last := re.fullmatch(r"last([1-9]\d{0,8})", name):
+        if "timestamp" not in ratings.columns:
+            raise ValueError(f"the split {name} needs timestamps, and the ratings have none")
+        n_later = polars.len() - polars.col("timestamp").rank("ordinal")
+        is_first = n_later == polars.len() - 1
+        is_test = ((n_later < int(last[1])) & ~is_first).over("user")
     else:
-        raise ValueError(f"no split '{name}': it is ua, ub, u1 to u5, or random")
+        names = ", ".join(PUBLISHED_SPLITS)
+        raise ValueError(f"no split '{name}': it is {names}, random or lastN, as last10")
     return _part(ratings, is_test)
 
 
-def _part(ratings: polars.DataFrame, is_test) -> tuple[polars.DataFrame, polars.DataFrame]:
-    marked = ratings.with_columns(is_test=is_test).sort("user", "item", maintain_order=True)
-    train, test = (marked.filter(polars.col("is_test") == part) for part in (False, True))
-    return train.drop("is_test"), test.drop("is_test")
+def _part(
+    ratings: polars.DataFrame, is_test: polars.Expr | polars.Series
+) -> tuple[polars.DataFrame, polars.DataFrame]:
+    is_test = ratings.select(is_test=is_test)["is_test"]
+    if not _is_sorted(ratings):  # as most of MovieLens is: 25 million need no sort
+        marked = ratings.with_columns(is_test=is_test).sort("user", "item", maintain_order=True)
+        ratings, is_test = marked.drop("is_test"), marked["is_test"]
+    return ratings.filter(~is_test), ratings.filter(is_test)
+
+
+def _is_sorted(ratings: polars.DataFrame) -> bool:
+    """Whether by user, then item. Slice by slice, since a comparison of chunks copies them."""
+    for start in range(0, len(ratings), size := 1 << 18):
+        user, item = (ratings[c].slice(start, size + 1).to_numpy() for c in ("user", "item"))
+        is_same = user[1:] == user[:-1]
+        if not ((user[1:] > user[:-1]) | (is_same & (item[1:] >= item[:-1]))).all():
+            return False
+    return True
 
 
 def hold_out(
@@ -433,22 +741,48 @@ def to_tensors(train: polars.DataFrame, test: polars.DataFrame) -> tuple[Part, P
     for name, part in (("training", train), ("test", test)):
         if not len(part):
             raise ValueError(f"the {name} part has no ratings")
-    shared = test.join(train, on=["user", "item"], how="semi")
-    if len(shared):
-        user, item = shared.select("user", "item").row(0)
+    user_ids, *user_rows = _index(train["user"], test["user"])
+    item_ids, *item_rows = _index(train["item"], test["item"])
+    train_pairs, test_pairs = (
+        polars.Series(users * len(item_ids) + items)
+        for users, items in zip(user_rows, item_rows, strict=True)
+    )
+    if len(shared := train_pairs.filter(train_pairs.is_in(test_pairs.implode())).unique()):
+        is_shared = test_pairs.is_in(shared.implode())
+        user, item = test.select("user", "item").row(is_shared.arg_max())
         raise ValueError(
-            f"{len(shared)} of the test part's (user, item) pairs are in the training part too, "
-            f"the first is ({user}, {item})"
+            f"{is_shared.sum()} of the test part's (user, item) pairs are in the training part "
+            f"too, the first is ({user}, {item})"
         )
-    ids = Ids(*(polars.concat([train[c], test[c]]).unique().sort() for c in ("user", "item")))
+    ratings = [
+        part["rating"].cast(polars.Float32).to_numpy(writable=True) for part in (train, test)
+    ]
+    part, test_part = (
+        Part(*map(torch.from_numpy, columns))
+        for columns in zip(user_rows, item_rows, ratings, strict=True)
+    )
+    return part, test_part, Ids(user_ids, item_ids)
 
-    def tensors(part: polars.DataFrame) -> Part:
-        users = ids.users.search_sorted(part["user"]).cast(polars.Int64)
-        items = ids.items.search_sorted(part["item"]).cast(polars.Int64)
-        columns = users, items, part["rating"].cast(polars.Float32)
-        return Part(*(torch.from_numpy(column.to_numpy(writable=True)) for column in columns))
 
-    return tensors(train), tensors(test), ids
+def _index(*columns: polars.Series) -> tuple[polars.Series, numpy.ndarray, numpy.ndarray]:
+    """The ids in the columns, sorted, and for each column their rows, int64.
+
+    By a table from id to row where the ids lie near each other: a look-up for a binary search.
+    """
+    low = min(column.min() for column in columns)
+    n_places = max(column.max() for column in columns) - low + 1
+    if n_places > 2 * sum(map(len, columns)) + 2**20:
+        ids = polars.concat(columns).unique().sort()
+        rows = (ids.search_sorted(column).cast(polars.Int64) for column in columns)
+        return ids, *(row.to_numpy(writable=True) for row in rows)
+    # Chunk by chunk, so that no column is copied whole.
+    chunks = [[chunk.to_numpy() - low for chunk in column.get_chunks()] for column in columns]
+    is_used = numpy.zeros(n_places, dtype=bool)
+    for places in itertools.chain(*chunks):
+        is_used[places] = True
+    rows = numpy.cumsum(is_used) - 1
+    found = (numpy.concatenate([rows[places] for places in part]) for part in chunks)
+    return polars.Series(numpy.flatnonzero(is_used) + low), *found
 
 
 def find_seen(

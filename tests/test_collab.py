@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import zipfile
 from functools import cache
 from pathlib import Path
 
@@ -202,6 +203,7 @@ def through_click(ml_100k, tmp_path_factory):
         figures = read_json(path)
         return [figures[name] for name in ("mse", "rmse", "mae", "n_test")]
 
+    through_click.figures = lambda: read_json(path)
     return through_click
 
 
@@ -396,8 +398,126 @@ def test_every_kind_of_split_trains(run, tmp_path, split):
     assert 0.8 < figures["rmse"] < 1.2
 
 
-def test_features_are_datas():
-    assert collab.FEATURES == data.FEATURES
+# --- other data
+
+
+@pytest.fixture
+def half_stars(tmp_path):
+    """Files of three formats, in the shape of ml-latest-small, with and without films and times."""
+    rows = [
+        (user * 7, item * 11, 1 + (user * item) % 10) for user in range(40) for item in range(25)
+    ]
+    table = polars.DataFrame(rows, schema=["userId", "movieId", "rating"], orient="row")
+    table = table.with_columns(polars.col("rating") / 2, timestamp=polars.int_range(polars.len()))
+    films = [f'{item * 11},"Film {item}, A ({1990 + item % 9})",Drama|War' for item in range(30)]
+    with zipfile.ZipFile(tmp_path / "ml.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("ml/ratings.csv", table.write_csv())
+        archive.writestr("ml/movies.csv", "\n".join(["movieId,title,genres", *films]))
+    (tmp_path / "folder").mkdir()
+    text = table.write_csv(include_header=False).replace(",", "::")
+    (tmp_path / "folder" / "ratings.dat").write_text(text)
+    untimed = table.drop("timestamp").write_csv(separator="\t", include_header=False)
+    (tmp_path / "untimed.tsv").write_text(untimed)
+    return tmp_path
+
+
+def test_ratings_of_the_users_own(run, half_stars):
+    done = run(
+        "train", "--ratings", "ml.zip", "--epochs", 2, "--metrics", "m.json", "--save", "m.pt"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    figures = read_json(half_stars / "m.json")
+    assert (figures["dataset"], figures["split"]) == ("ml.zip", "random")
+    assert (figures["n_users"], figures["n_items"]) == (40, 25)
+    assert (figures["n_train"], figures["n_test"]) == (900, 100)
+    assert collab.load_model(half_stars / "m.pt").user_ids == [user * 7 for user in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("source", "recipe", "features"),
+    [
+        ("ml.zip", "best", ["id", "implicit", "side", "time"]),
+        ("folder", "best", ["id", "implicit", "time"]),
+        ("untimed.tsv", "best", ["id", "implicit"]),
+        ("untimed.tsv", "default", ["id"]),
+    ],
+)
+def test_best_uses_all_that_the_data_has(through_click, half_stars, source, recipe, features):
+    through_click("--recipe", recipe, "--ratings", str(half_stars / source))
+    assert through_click.figures()["options"]["features"] == features
+    assert through_click.figures()["n_test"] == 100
+
+
+def test_every_form_of_a_file_gives_the_same_model(through_click, half_stars):
+    sources = [str(half_stars / name) for name in ("ml.zip", "folder", "untimed.tsv")]
+    first, *others = (through_click("--ratings", source) for source in sources)
+    assert others == [first, first]
+    assert through_click("--ratings", sources[0], "--split", "last2")[3] == 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "--ratings untimed.tsv --features id,time",
+            "the feature time: the data has no timestamps",
+        ),
+        ("--ratings folder --features side", "the feature side: the data has no tables of users"),
+        ("--ratings untimed.tsv --split last3", "the split last3 needs timestamps"),
+        ("--ratings ml.zip --split u2", "the split u2 is of ml-100k's 100,000 ratings"),
+        ("--ratings missing", "missing: No such file or directory"),
+        ("--ratings empty", "empty: no ratings"),
+        ("--ratings bad.csv", "bad.csv, line 3: could not parse rating 'x'"),
+        ("--ratings words.zip", "words.zip: no good zip"),
+        ("--ratings two\nlines", "two lines, line 1: no tab"),
+        ("--ratings other", "other: no ratings.csv, ratings.dat, u.data in it"),
+    ],
+)
+def test_wrong_data_is_one_line(half_stars, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(half_stars)
+    (half_stars / "empty").touch()
+    (half_stars / "two\nlines").write_text("text")
+    (half_stars / "bad.csv").write_text("user,item,rating\n1,2,3\n1,3,x\n")
+    (half_stars / "words.zip").write_text("words")
+    (half_stars / "other").mkdir()
+    monkeypatch.setattr(sys, "argv", ["collab.py", "train", *arguments.split(" ")])
+    with pytest.raises(SystemExit) as caught:
+        collab.main()
+    assert caught.value.code == 1
+    out, errors = capsys.readouterr()
+    assert out == ""
+    (line,) = errors.splitlines()
+    assert line.startswith("Error: ")
+    assert message in line
+
+
+@pytest.mark.usefixtures("offline")
+def test_another_data_set_without_network(tmp_path, monkeypatch, capsys):
+    command = ["collab.py", "train", "--dataset", "ml-32m", "--data-dir"]
+    monkeypatch.setattr(sys, "argv", [*command, str(tmp_path / "new")])
+    with pytest.raises(SystemExit) as caught:
+        collab.main()
+    assert caught.value.code == 1
+    url = "https://files.grouplens.org/datasets/movielens/ml-32m.zip"
+    notice, line = capsys.readouterr().err.splitlines()
+    assert notice == f"ml-32m: downloading {url}"
+    assert line.startswith(f"Error: ml-32m can't be had: {url}: can't be reached")
+    assert os.listdir(tmp_path / "new") == []
+
+
+def test_folds_of_the_users_own_ratings(half_stars):
+    command = ("cross-validate", "--ratings", str(half_stars / "folder"), "--epochs", "1")
+    result = CliRunner().invoke(collab.cli, (*command, "--folds", "2"), catch_exceptions=False)
+    assert [line.split()[0] for line in result.stdout.splitlines()[1:3]] == ["1/2", "2/2"]
+    with pytest.raises(ValueError, match="the split u1 is of ml-100k's"):
+        CliRunner().invoke(collab.cli, command, catch_exceptions=False)
+
+
+def test_the_names_are_those_of_data():
+    assert data.FEATURES == collab.FEATURES
+    assert ("ml-100k", *data.DATASETS) == collab.DATASETS
+    assert (*data.PUBLISHED_SPLITS, "random") == collab.SPLITS
 
 
 def test_recipes_have_the_same_options():
@@ -412,6 +532,8 @@ USAGE = {
     "unknown command": ["fit"],
     "unknown option": ["train", "--speed"],
     "unknown split": ["train", "--split", "u9"],
+    "split of none": ["train", "--split", "last0"],
+    "two data sets": ["train", "--ratings", "x", "--dataset", "ml-1m"],
     "unknown recipe": ["train", "--recipe", "sota"],
     "unknown data set": ["train", "--dataset", "netflix"],
     "no epochs": ["train", "--epochs", "0"],

@@ -70,6 +70,295 @@ def test_the_side_information(ml_100k):
     assert users.null_count().row(0) == (0,) * 5
 
 
+# --- other splits
+
+
+@pytest.mark.parametrize("name", ["ua", "u1"])
+def test_a_published_split_is_of_ml_100k(ratings, name):
+    with pytest.raises(ValueError, match=f"{name} is of ml-100k's .* here are 99,999: random"):
+        data.split(ratings[1:], name)
+
+
+TIMED = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3)), min_size=1, max_size=30)
+
+
+@given(rows=TIMED, n_last=st.integers(1, 12))
+def test_the_last_n_are_the_last_by_time(rows, n_last):
+    """Against a sort of each user's ratings: times tie, and the first of a user is never tested."""
+    table = frame([(user, item, 3) for item, (user, _) in enumerate(rows)])
+    table = table.with_columns(timestamp=polars.Series([time_ for _, time_ in rows]))
+    train, test = data.split(table, f"last{n_last}")
+    expected = []
+    for user in range(1, 5):
+        places = [place for place, row in enumerate(rows) if row[0] == user]
+        places.sort(key=lambda place: rows[place][1])  # stable: of one time, by the file's order
+        expected += sorted((user, place) for place in places[1:][-n_last:])
+    assert test.select("user", "item").rows() == expected
+    assert train.equals(train.sort("user", "item"))
+    assert polars.concat([train, test]).sort("user", "item").equals(table.sort("user", "item"))
+
+
+@pytest.mark.parametrize("name", ["last", "last0", "last-1", "last1.5", "LAST1"])
+def test_last_needs_a_number_and_times(name):
+    with pytest.raises(ValueError, match=f"no split '{name}'"):
+        data.split(frame([(1, 2, 3)]), name)
+    with pytest.raises(ValueError, match="last2 needs timestamps"):
+        data.split(frame([(1, 2, 3)]).drop("timestamp"), "last2")
+
+
+# --- every format
+
+
+def as_tabs(table):
+    return table.write_csv(separator="\t", include_header=False)
+
+
+def as_colons(table):
+    return as_tabs(table).replace("\t", "::")
+
+
+def as_csv(table):
+    return table.rename({"user": "userId", "item": "movieId"}).write_csv()
+
+
+FORMATS = {"u.data": as_tabs, "ratings.dat": as_colons, "ratings.csv": as_csv}
+IDS = st.integers(-(2**63), 2**63 - 1) | st.integers(1, 200)
+ROWS = st.lists(st.tuples(IDS, IDS, st.integers(1, 10), st.integers(0, 2**33)), min_size=1)
+
+
+def read_in_blocks(path, size=64):
+    """Of a few lines, where a file of a test has but one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "BLOCK", size)
+        return data.read_ratings(path)
+
+
+def assert_refused(path, message, block=64):
+    with pytest.raises(ValueError, match=f"^{path}") as caught:
+        read_in_blocks(path, block)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@given(rows=ROWS, is_timed=st.booleans(), newline=st.sampled_from(["\n", "\r\n"]))
+def test_every_format_is_read_as_it_was_written(tmp_path_factory, name, rows, is_timed, newline):
+    folder = tmp_path_factory.getbasetemp() / name / "ml"
+    folder.mkdir(parents=True, exist_ok=True)
+    schema = dict.fromkeys(("user", "item", "rating", "timestamp"), polars.Int64)
+    table = polars.DataFrame(rows, schema=schema, orient="row")
+    table = table.with_columns((polars.col("rating") / 2).cast(polars.Float32))
+    if not is_timed:
+        table = table.drop("timestamp")
+    content = FORMATS[name](table).replace("\n", newline).encode()
+    (folder / name).write_bytes(content)
+    (folder / "open").write_bytes(b"\xef\xbb\xbf" + content.removesuffix(newline.encode()))
+    archive = folder.parent / "ml.zip"
+    archive.write_bytes(zipped({"ml/README": b"no", f"ml/{name}": content}))
+    for path in (folder / name, folder / "open", folder, archive):
+        assert read_in_blocks(path).equals(table)
+
+
+@given(content=st.binary(max_size=60) | st.text("12.,:\t\r\n-exan", max_size=60).map(str.encode))
+def test_any_bytes_are_a_frame_or_one_line(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "bytes"
+    path.write_bytes(content)
+    try:
+        read, error = read_in_blocks(path, 16), None
+    except ValueError as caught:
+        error = str(caught)
+    if error is not None:
+        assert error.startswith(str(path))
+        assert len(error.splitlines()) == 1
+    else:
+        assert len(read) == len(content.removesuffix(b"\n").split(b"\n"))
+        assert sum(read.null_count().row(0)) == 0
+        assert read["rating"].is_finite().all()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "title,Rating,Movie_ID,user\nHeat,4.5,7,3\nIt,1,8,4\n",
+        "user_id:token\titem_id:token\trating:float\n3\t7\t4.5\n4\t8\t1\n",
+        "3,7,4.5\r\n4,8,1",
+    ],
+    ids=["other order", "RecBole", "no header"],
+)
+def test_files_of_anybody(tmp_path, text):
+    (tmp_path / "any.txt").write_text(text)
+    read = data.read_ratings(tmp_path / "any.txt")
+    assert read.rows() == [(3, 7, 4.5), (4, 8, 1.0)]
+    assert dict(read.schema) == dict(frame([]).drop("timestamp").schema)
+
+
+@pytest.mark.parametrize("n_before", [0, 50])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("1,2", "fields: 2, not 4"),
+        ("1,2,3,4,5", "fields: 5, not 4"),
+        ("", "fields: 1, not 4"),
+        ("1,,3,4", "a value is missing (item)"),
+        ("1,2,3,", "a value is missing (timestamp)"),
+        ("1,2,good,4", "could not parse rating 'good'"),
+        ("1,2,nan,4", "rating 'nan' is not finite"),
+        ("1,2,-inf,4", "rating '-inf' is not finite"),
+        ("1,2,1e39,4", "rating '1e39' is not finite"),
+        ("x,2,3,4", "could not parse user 'x'"),
+        ('"1",2,3,4', "could not parse user '\"1\"'"),
+        ('1,2,"3,4', "could not parse rating '\"3'"),
+        ("1,2.5,3,4", "could not parse item '2.5'"),
+        (f"1,{2**63},3,4", f"item '{2**63}' is too large"),
+        ("1_0,2,3,4", "could not parse user '1_0'"),
+        ("1,2,3,noon", "could not parse timestamp 'noon'"),
+        ("1::2::3::4", "fields: 1, not 4"),
+        ("1,2,\udcff,4", "it is not UTF-8"),
+    ],
+)
+def test_a_wrong_line_is_named_by_its_number(tmp_path, n_before, line, message):
+    good = "7,8,3.5,9\r\n7,9,4,9\n"
+    text = "userId,movieId,rating,timestamp\n" + good * (1 + n_before) + line + "\n" + good
+    path = tmp_path / "ratings.csv"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    assert_refused(path, f"{path}, line {2 + 2 * (1 + n_before)}: {message}")
+
+
+@pytest.mark.parametrize(
+    "line", ["1::2:3::4", "1:x:2::3::4", "1::2::3", "1::2::3::4::5", "1:2:3:4", "1\t2\t3\t4"]
+)
+def test_a_wrong_line_of_colons(tmp_path, line):
+    path = tmp_path / "ratings.dat"
+    path.write_text(f"1::1::3::4\n{line}\n1::3::3::4\n")
+    assert_refused(path, f"{path}, line 2: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no ratings"),
+        (b"\xef\xbb\xbf", "no ratings"),
+        (b"\n1,2,3\n", "no ratings in line 1"),
+        (b"userId,movieId,rating,timestamp\n", "no ratings"),
+        (b"userId,movieId,rating", "no ratings"),
+        (b"userId,rating,timestamp\n1,2,3\n", "line 1: the header has no column item"),
+        (b"a,b,c\n1,2,3\n", "line 1: the header has no column user, item, rating"),
+        (b"a film\n", "line 1: no tab, comma or '::'"),
+        (b"1,2\n", "line 1: 2 fields, not user, item"),
+        (b"1,2,3,4,5\n", "line 1: 5 fields, not user, item"),
+        ("1,2,3\n".encode("utf-16"), "line 1: it is not UTF-8"),
+        ("1,2,3\n".encode("utf-16-le"), "line 1: the header has no column user"),
+        (b"1,2,3\n1,2," + b"3" * 200_000, "a line of 65,536 bytes or more"),
+    ],
+)
+def test_a_file_without_ratings(tmp_path, content, message):
+    path = tmp_path / "ratings"
+    path.write_bytes(content)
+    assert_refused(path, message, 1 << 16)
+
+
+def encrypted(content):
+    """The flag alone: nobody has the password."""
+    return content.replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda good: b"no zip", "no good zip (File is not a zip file)"),
+        (lambda good: b"", "no good zip (File is not a zip file)"),
+        (lambda good: good[:-30], "no good zip (File is not a zip file)"),
+        (lambda good: good.replace(b"1,2,3", b"1,2,4"), "no good zip (Bad CRC-32"),
+        (encrypted, "is encrypted"),
+        (lambda good: zipped({"ml/README": b"", "ml/x.csv": b""}), "no ratings.csv, ratings.dat"),
+        (lambda good: zipped({"a/ratings.csv": b"u,i,r\n"}), "a/ratings.csv, line 1: the header"),
+        (lambda good: zipped({"a\nb/ratings.csv": b""}), r"'a\nb/ratings.csv': no ratings"),
+        (lambda good: zipped({"ratings.csv": b"1,2,3\n" * 99}), "more than 500 bytes"),
+    ],
+)
+def test_a_wrong_zip_is_one_line(tmp_path, monkeypatch, content, message):
+    monkeypatch.setattr(data, "LARGEST_MEMBER", 500)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("ml/ratings.csv", "userId,movieId,rating\n1,2,3\n")
+    path = tmp_path / "ml.zip"
+    path.write_bytes(content(buffer.getvalue()))
+    assert_refused(path, message)
+
+
+def test_a_zip_that_escapes_is_only_read(tmp_path):
+    path = tmp_path / "a" / "ml.zip"
+    path.parent.mkdir()
+    path.write_bytes(zipped({"../../ratings.csv": b"1,2,3\n", "/tmp/movies.csv": b"m,t,g\n1,A,\n"}))
+    assert data.read_ratings(path).rows() == [(1, 2, 3)]
+    assert data.read_items(path).rows() == [(1, "A", None, [])]
+    assert list(tmp_path.rglob("*")) == [path.parent, path]
+
+
+FILMS = [
+    (1, "Toy Story (1995)", 1995, ["Adventure", "Animation"]),
+    (2, "Cité des enfants perdus, La (1995)", 1995, ["Drama"]),
+    (3, '"Great" 12 (1st) (2001) Cut (2003)', 2003, ["Sci-Fi"]),
+    (4, "Babylon 5", None, []),
+]
+
+
+def movies_csv():
+    lines = ["movieId,title,genres"]
+    for item, title, _, genres in FILMS:
+        quoted = title.replace('"', '""')
+        lines.append(f'{item},"{quoted} ",{"|".join(genres) or "(no genres listed)"}')
+    return ("\r\n".join(lines) + "\r\n").encode()
+
+
+def movies_dat():
+    return "".join(f"{i}::{title}::{'|'.join(genres)}\n" for i, title, _, genres in FILMS)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("movies.csv", movies_csv()),
+        ("movies.dat", movies_dat().encode()),
+        ("movies.dat", movies_dat().encode("latin-1")),
+    ],
+)
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_films_of_the_others(tmp_path, name, content, is_zip):
+    path = tmp_path
+    if is_zip:
+        path = tmp_path / "ml.zip"
+        path.write_bytes(zipped({f"ml/{name}": content}))
+    else:
+        (path / name).write_bytes(content)
+    items = data.read_items(path)
+    assert items.rows() == FILMS
+    assert items.columns == ["item", "title", "year", "genres"]
+    assert items.schema["year"] == polars.Int64
+    assert data.read_users(path) is None
+
+
+def test_people_of_ml_1m(tmp_path):
+    (tmp_path / "users.dat").write_text("1::F::1::10::48067\n2::M::56::16::70072-12\n")
+    users = data.read_users(tmp_path)
+    assert users.rows() == [(1, 1, "F", "10", "48067"), (2, 56, "M", "16", "70072-12")]
+    assert users.columns == ["user", "age", "gender", "occupation", "zip_code"]
+    assert data.read_items(tmp_path) is None
+    assert data.read_users(tmp_path / "users.dat") is None, "a file has its ratings alone"
+    (tmp_path / "users.dat").write_text("1::F::young::10::48067\n")
+    with pytest.raises(ValueError, match=r"users\.dat: not a table of .* `young`"):
+        data.read_users(tmp_path)
+
+
+def test_grouplenss_zip_of_ml_100k_is_read_as_the_cache(good_zip, ml_100k, tmp_path):
+    (tmp_path / "ml-100k.zip").write_bytes(good_zip)
+    for read in (data.read_ratings, data.read_items, data.read_users):
+        assert read(tmp_path / "ml-100k.zip").equals(read(ml_100k))
+    (tmp_path / "u.item").write_text("1|Toy Story\n")
+    with pytest.raises(ValueError, match=r"u\.item: not item\|title\|"):
+        data.read_items(tmp_path)
+
+
 # --- tensors
 
 
@@ -102,6 +391,28 @@ def test_shared_pairs_are_refused():
         data.to_tensors(train, test)
 
 
+SPARSE = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1)
+
+
+@given(pairs=SPARSE, test_pairs=SPARSE, far=st.sampled_from([1, 10**9]))
+def test_tensors_against_the_loop(pairs, test_pairs, far):
+    """In any order, with pairs twice, for ids near each other and far apart."""
+    train, test = (frame([(u * far, i * far, 3) for u, i in part]) for part in (pairs, test_pairs))
+    shared = [pair for pair in test_pairs if pair in pairs]
+    if shared:
+        first = f"({shared[0][0] * far}, {shared[0][1] * far})"
+        with pytest.raises(ValueError, match=f"^{len(shared)} of the test") as caught:
+            data.to_tensors(train, test)
+        assert str(caught.value).endswith(f"the first is {first}")
+        return
+    part, test_part, ids = data.to_tensors(train, test)
+    for number, raw in enumerate(ids):
+        known = sorted({pair[number] * far for pair in pairs + test_pairs})
+        assert raw.to_list() == known
+        for table, tensors in ((pairs, part), (test_pairs, test_part)):
+            assert tensors[number].tolist() == [known.index(p[number] * far) for p in table]
+
+
 @pytest.mark.parametrize("part", [0, 1])
 def test_an_empty_part_is_refused(part):
     parts = [frame([(1, 2, 3)]), frame([(1, 4, 3)])]
@@ -129,25 +440,6 @@ def test_any_table_survives_the_way_to_tensors_and_back(tmp_path_factory, pairs,
         for user, item, rating in zip(users.tolist(), items.tolist(), ratings.tolist(), strict=True)
     ]
     assert sorted(back) == sorted(rows)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("1\t2\tgood\t4\n", "could not parse"),
-        ("1\t2\t3\t4\n1\t\t3\t4\n", "line 2: a value is missing"),
-        ("1\t2\t3\t4\n1\t3\t2\t4\n1\t4\tnan\t4\n", "line 3: .* not finite"),
-        ("1\t2\tinf\t4\n", "line 1: .* not finite"),
-        ("", "no ratings"),
-    ],
-)
-def test_a_broken_ratings_file_is_one_line(tmp_path, text, message):
-    path = tmp_path / "broken"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message) as caught:
-        data.read_ratings(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_hold_out_is_a_seeded_share(ratings):
@@ -573,6 +865,78 @@ def test_the_package_gives_the_same_files(tmp_path, ml_100k, serve):
     )
     for name in data.ML_100K_FILES:
         assert (folder / name).read_bytes() == (ml_100k / name).read_bytes()
+
+
+def layout(name):
+    """A zip of `name` as GroupLens makes it, of two ratings and a film."""
+    folder = {"ml-10m": "ml-10M100K"}.get(name, name)
+    if name in ("ml-1m", "ml-10m"):
+        members = {
+            "ratings.dat": b"1::2::3::4\n1::5::0.5::6\n",
+            "movies.dat": b"2::A (1990)::War\n",
+        }
+    else:
+        text = b"userId,movieId,rating,timestamp\n1,2,3.0,4\n1,5,0.5,6\n"
+        members = {"ratings.csv": text, "movies.csv": b"movieId,title,genres\n2,A (1990),War\n"}
+    return zipped({f"{folder}/{file}": content for file, content in members.items()})
+
+
+def get_other(tmp_path, url, name="ml-1m", **options):
+    lines, server = [], url.rpartition("/")[0]
+    return data.get_dataset(name, tmp_path, notice=lines.append, server=server, **options), lines
+
+
+@pytest.mark.parametrize("name", data.DATASETS)
+def test_another_movielens_is_kept_as_its_zip(tmp_path, serve, monkeypatch, name):
+    content, path = layout(name), tmp_path / "new" / f"{name}.zip"
+    checksum = data.DATASETS[name][1] and md5(content)
+    monkeypatch.setitem(data.DATASETS, name, (9_000, checksum))
+    url = serve(content)
+    source = url.replace("ml-100k", name)
+    got, lines = get_other(path.parent, url, name)
+    assert lines == [f"{name}: downloading {source}", f"{name}: from {source}, kept in {path}"]
+    assert got == path
+    assert data.read_ratings(path).rows() == [(1, 2, 3, 4), (1, 5, 0.5, 6)]
+    assert data.read_items(path).rows() == [(2, "A (1990)", 1990, ["War"])]
+    assert get_other(path.parent, url, name) == (path, [f"{name}: from the cache {path}"])
+    if checksum:
+        path.write_bytes(content[:-1] + b"x")
+        get_other(path.parent, url, name)
+    assert path.read_bytes() == content
+    assert os.listdir(path.parent) == [path.name]
+    assert serve.servers[0].n_requests == (2 if checksum else 1)
+
+
+ML_1M = layout("ml-1m")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"content": ML_1M[:99], "length": len(ML_1M)}, "broke off after 99 of"),
+        ({"content": ML_1M[:-9] + b"different"}, "the zip failed its checksum"),
+        ({"content": b"", "status": 404}, "HTTP 404 Not Found"),
+        ({"content": ML_1M, "pause": 9.0}, "no answer in 0.1 s"),
+        ({"content": ML_1M, "drip": True}, "not all in 1.2 s"),
+        ({"content": ML_1M * 30}, "more than 3,000 bytes"),
+    ],
+    ids=["truncated", "wrong checksum", "404", "hangs", "drips", "too large"],
+)
+def test_a_bad_answer_keeps_nothing_of_another(tmp_path, serve, monkeypatch, answer, message):
+    monkeypatch.setitem(data.DATASETS, "ml-1m", (3_000, md5(ML_1M)))
+    with pytest.raises(OSError, match=r"^ml-1m can't be had: http://127") as caught:
+        get_other(tmp_path, serve(**answer), timeout=0.1)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_page_is_no_data_set(tmp_path, serve):
+    with pytest.raises(OSError, match=r"^ml-latest-small can't be had: .*small\.zip: no zip$"):
+        get_other(tmp_path, serve(b"<html>"), "ml-latest-small")
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(ValueError, match="no data set 'netflix': it is ml-100k, ml-latest-small,"):
+        data.get_dataset("netflix")
 
 
 def test_the_data_dir(monkeypatch, tmp_path):
