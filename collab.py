@@ -176,7 +176,9 @@ def fit(task, *, options, seed):
         start = time.perf_counter()
         tables = [to_rows(epoch.params, task) for epoch in epochs]
         errors = train.evaluate(
-            lambda *rows, tables=tables: predict(tables, *rows, head=head)[0],
+            lambda *rows, tables=tables: torch.stack(
+                [model.predict(table, *rows, head=head) for table in tables]
+            ).mean(0),
             *task.test,
             clip=clip,
         )
