@@ -19,6 +19,7 @@ def make(path, n_ratings, *, seed=0):
     """Write `n_ratings` lines to `path`."""
     rng = numpy.random.default_rng(seed)
     n_users, n_items = (math.ceil(n * n_ratings / N_RATINGS) for n in (N_USERS, N_ITEMS))
+    n_items = max(n_items, 1_000)  # of which a user rates 154 on average
     keys = draw_pairs(rng, n_users, n_items, n_ratings)
     item_ids = numpy.sort(rng.choice(numpy.arange(1, 4 * n_items), n_items, replace=False))
     user_factors, item_factors = (
