@@ -13,7 +13,6 @@
 import hashlib
 import http.client
 import io
-import itertools
 import lzma
 import os
 import re
@@ -28,6 +27,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
@@ -360,6 +360,7 @@ USERS_FILES = ("u.user", "users.dat")
 LARGEST_MEMBER = 4 << 30  # bytes of a file in a zip; ml-32m's ratings have 0.9e9
 LONGEST_LINE = 1 << 16  # bytes
 BLOCK = 4 << 20  # bytes parsed at a time
+SLICE = 1 << 18  # ratings handled at a time, so that no column is copied whole
 RATING_SCHEMA = {
     "user": polars.Int64,
     "item": polars.Int64,
@@ -386,7 +387,10 @@ def read_ratings(path: Path) -> polars.DataFrame:
         if not first.strip():
             raise ValueError(f"{label}: no ratings" + (" in line 1" if first else ""))
         form, is_header = _detect(label, first)
-        frames, n_above = [], int(is_header)
+        n_above = int(is_header)
+        if (ratings := _read_whole(file, form, n_above)) is not None:
+            return ratings
+        frames = []
         block = b"" if is_header else first
         while block := block + _read_lines(label, file):
             frames.append(_parse(label, block, form, n_above))
@@ -493,25 +497,52 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _parse(label: str, block: bytes, form: _Form, n_above: int) -> polars.DataFrame:
-    """The ratings of whole lines, of which `n_above` are above in the file."""
-    separator, content = form.separator, block
-    if separator == "::":  # polars' separator is one byte
-        separator, content = "\x1f", block.replace(b"::", b"\x1f")
+def _read_whole(file: IO[bytes], form: _Form, n_above: int) -> polars.DataFrame | None:
+    """The ratings of a file on disk, by all cores; None where it takes blocks to tell.
+
+    Of columns that are all read polars refuses a field too many, and one too few is null.
+    """
+    is_on_disk = isinstance(file, io.BufferedReader) and Path(file.name).is_file()
+    if not is_on_disk or form.separator == "::" or None in form.columns:
+        return None
+    try:
+        # Opened again, for polars moves the position; by path, it would take a * as a pattern.
+        with open(file.name, "rb") as whole:
+            ratings = _read_csv(whole, form, skip_rows=n_above)
+    except ValueError:
+        return None
+    return ratings if len(ratings) else None
+
+
+def _read_csv(source: bytes | IO[bytes], form: _Form, **options) -> polars.DataFrame:
+    """ValueError, without the line, for a value that is wrong."""
     names = [name or f"_{place}" for place, name in enumerate(form.columns)]
     schema = {name: RATING_SCHEMA.get(name, polars.String) for name in names}
-    columns = [name for name in RATING_SCHEMA if name in schema]
-    options = {"separator": separator, "has_header": False, "quote_char": None}
+    options |= {"separator": form.separator, "has_header": False, "quote_char": None}
     try:
-        ratings = polars.read_csv(content, schema=schema, **options).select(columns)
-        why = "a value is missing or not finite"
-        is_good = not sum(ratings.null_count().row(0)) and ratings["rating"].is_finite().all()
+        ratings = polars.read_csv(source, schema=schema, **options)
+    except polars.exceptions.PolarsError as error:
+        raise ValueError(str(error).splitlines()[0]) from None
+    ratings = ratings.select(name for name in RATING_SCHEMA if name in schema)
+    if sum(ratings.null_count().row(0)) or not ratings["rating"].is_finite().all():
+        raise ValueError("a value is missing or not finite")
+    return ratings
+
+
+def _parse(label: str, block: bytes, form: _Form, n_above: int) -> polars.DataFrame:
+    """The ratings of whole lines, of which `n_above` are above in the file."""
+    content, separator = block, form.separator
+    if separator == "::":  # polars' separator is one byte
+        content, separator = block.replace(b"::", b"\x1f"), "\x1f"
+    try:
+        ratings = _read_csv(content, form._replace(separator=separator))
         # polars lets pass a field too many or too few where it need not read it.
         n_separators = numpy.count_nonzero(numpy.frombuffer(content, "u1") == ord(separator))
-        if is_good and n_separators == len(ratings) * (len(names) - 1):
+        if n_separators == len(ratings) * (len(form.columns) - 1):
             return ratings
-    except polars.exceptions.PolarsError as error:
-        why = str(error).splitlines()[0]
+        why = "too few fields or too many"
+    except ValueError as error:
+        why = str(error)
     # Only now is a block looked at line by line.
     lines = block.removesuffix(b"\n").split(b"\n")
     for number, line in enumerate(lines, n_above + 1):
@@ -687,8 +718,8 @@ def _part(
 
 def _is_sorted(ratings: polars.DataFrame) -> bool:
     """Whether by user, then item. Slice by slice, since a comparison of chunks copies them."""
-    for start in range(0, len(ratings), size := 1 << 18):
-        user, item = (ratings[c].slice(start, size + 1).to_numpy() for c in ("user", "item"))
+    for start in range(0, len(ratings), SLICE):
+        user, item = (ratings[c].slice(start, SLICE + 1).to_numpy() for c in ("user", "item"))
         is_same = user[1:] == user[:-1]
         if not ((user[1:] > user[:-1]) | (is_same & (item[1:] >= item[:-1]))).all():
             return False
@@ -702,7 +733,9 @@ def hold_out(
     n_test = int(len(ratings) * fraction)
     if not 0 < n_test < len(ratings):
         raise ValueError(f"a share of {fraction:g} of {len(ratings)} ratings leaves a part empty")
-    drawn = numpy.random.default_rng(seed).permutation(len(ratings)) < n_test
+    drawn = numpy.zeros(len(ratings), dtype=bool)
+    drawn[:n_test] = True
+    numpy.random.default_rng(seed).shuffle(drawn)  # permutation(n) < n_test, in an eighth of memory
     return _part(ratings, polars.Series(drawn))
 
 
@@ -741,26 +774,24 @@ def to_tensors(train: polars.DataFrame, test: polars.DataFrame) -> tuple[Part, P
     for name, part in (("training", train), ("test", test)):
         if not len(part):
             raise ValueError(f"the {name} part has no ratings")
-    user_ids, *user_rows = _index(train["user"], test["user"])
-    item_ids, *item_rows = _index(train["item"], test["item"])
-    train_pairs, test_pairs = (
-        polars.Series(users * len(item_ids) + items)
-        for users, items in zip(user_rows, item_rows, strict=True)
-    )
-    if len(shared := train_pairs.filter(train_pairs.is_in(test_pairs.implode())).unique()):
-        is_shared = test_pairs.is_in(shared.implode())
-        user, item = test.select("user", "item").row(is_shared.arg_max())
-        raise ValueError(
-            f"{is_shared.sum()} of the test part's (user, item) pairs are in the training part "
-            f"too, the first is ({user}, {item})"
+    with ThreadPoolExecutor(2) as pool:
+        (user_ids, *users), (item_ids, *items) = pool.map(
+            lambda name: _index(train[name], test[name]), ("user", "item")
         )
     ratings = [
         part["rating"].cast(polars.Float32).to_numpy(writable=True) for part in (train, test)
     ]
     part, test_part = (
-        Part(*map(torch.from_numpy, columns))
-        for columns in zip(user_rows, item_rows, ratings, strict=True)
+        Part(*map(torch.from_numpy, columns)) for columns in zip(users, items, ratings, strict=True)
     )
+    if _is_any_shared(part, test_part, len(item_ids)):
+        pairs, test_pairs = (frame.select("user", "item") for frame in (train, test))
+        shared = test_pairs.join(pairs, ["user", "item"], "semi", maintain_order="left")
+        user, item = shared.row(0)
+        raise ValueError(
+            f"{len(shared)} of the test part's (user, item) pairs are in the training part "
+            f"too, the first is ({user}, {item})"
+        )
     return part, test_part, Ids(user_ids, item_ids)
 
 
@@ -775,14 +806,36 @@ def _index(*columns: polars.Series) -> tuple[polars.Series, numpy.ndarray, numpy
         ids = polars.concat(columns).unique().sort()
         rows = (ids.search_sorted(column).cast(polars.Int64) for column in columns)
         return ids, *(row.to_numpy(writable=True) for row in rows)
-    # Chunk by chunk, so that no column is copied whole.
-    chunks = [[chunk.to_numpy() - low for chunk in column.get_chunks()] for column in columns]
+    # In place, slice by slice: no column is copied twice.
+    found = [column.to_numpy(writable=True) for column in columns]
     is_used = numpy.zeros(n_places, dtype=bool)
-    for places in itertools.chain(*chunks):
-        is_used[places] = True
-    rows = numpy.cumsum(is_used) - 1
-    found = (numpy.concatenate([rows[places] for places in part]) for part in chunks)
+    for rows in found:
+        rows -= low
+        is_used[rows] = True
+    table = numpy.cumsum(is_used) - 1
+    for rows in found:
+        for start in range(0, len(rows), SLICE):
+            rows[start : start + SLICE] = table[rows[start : start + SLICE]]
     return polars.Series(numpy.flatnonzero(is_used) + low), *found
+
+
+def _is_any_shared(part: Part, test_part: Part, n_items: int) -> bool:
+    """Whether a (user, item) pair is in both. Quick where they are sorted, as by `split`."""
+
+    def sorted_keys(part: Part, rows: slice) -> numpy.ndarray:
+        users, items = part.users[rows].numpy(), part.items[rows].numpy()
+        return numpy.sort(users * n_items + items, kind="stable")  # one pass over what is sorted
+
+    def is_shared(start: int) -> bool:
+        keys = sorted_keys(part, slice(start, start + SLICE))
+        low, high = numpy.searchsorted(test_keys, [keys[0], keys[-1] + 1])
+        few, many = sorted((keys, test_keys[low:high]), key=len)
+        places = numpy.searchsorted(many, few).clip(max=len(many) - 1)
+        return bool((many[places] == few).any())
+
+    test_keys = sorted_keys(test_part, slice(None))
+    with ThreadPoolExecutor(2) as pool:
+        return any(pool.map(is_shared, range(0, len(part.users), SLICE)))
 
 
 def find_seen(
