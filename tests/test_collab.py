@@ -787,3 +787,14 @@ def test_ordinal_on_ids_takes_either_step(prepared, fit_dense):
         next(iter(fit(task, options=options, seed=0)))[1]["mse"] for fit in (collab.fit, fit_dense)
     )
     assert ours == pytest.approx(theirs, abs=1e-3)
+
+
+def test_the_recipes_decays_go_with_the_number_of_rows():
+    given = {"weight_decay": None, "bias_decay": None}
+    recipe = collab.RECIPES["default"]
+    decays = collab.scale_decay("default", given, n_rows=26_250)
+    assert decays["weight_decay"] == pytest.approx(recipe["weight_decay"] / 10)
+    assert decays["bias_decay"] == pytest.approx(recipe["bias_decay"] / 10)
+    given["weight_decay"] = 0.3
+    assert list(collab.scale_decay("default", given, n_rows=26_250)) == ["bias_decay"]
+    assert collab.scale_decay("default", given, n_rows=5)["bias_decay"] == recipe["bias_decay"]
