@@ -48,6 +48,10 @@ def test_the_commands_are_known():
         "python tests/peers.py --install --ours",
         "python tests/tune.py default.jsonl",
         "python tests/tune.py --recipe best --splits ua,u1 --trials 60 best.jsonl",
+        "python tests/bench.py",
+        "python tests/bench.py --scale",
+        "torchrun --nproc-per-node 2 collab.py train",
+        "python collab.py train --ratings ratings.csv --split last10",
         "python collab.py train --recipe best --features id,implicit --ensemble 2 --save model.pt",
         "python collab.py train --holdout 0.1 --n-factors 20",
         "python collab.py cross-validate --splits u1,u2,u3,u4,u5",
@@ -119,7 +123,7 @@ def test_cells_are_mean_and_deviation():
 
 
 def test_a_saved_model_as_in_the_readme(tmp_path, ml_100k):
-    command = COMMANDS[6].removeprefix("python collab.py ").split(" ")
+    command = COMMANDS[10].removeprefix("python collab.py ").split(" ")
     done = run(ROOT / "collab.py", *command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     code = "import sys; sys.path.insert(0, sys.argv[1])\n" + EXAMPLES[0]
@@ -130,12 +134,21 @@ def test_a_saved_model_as_in_the_readme(tmp_path, ml_100k):
     assert deviation < 1
 
 
-@pytest.mark.parametrize("command", COMMANDS[7:9])
+@pytest.mark.parametrize("command", COMMANDS[11:13])
 def test_the_other_commands(command, ml_100k, tmp_path):
     done = run(ROOT / "collab.py", *command.split(" ")[2:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     *_, last = done.stdout.splitlines()
     assert 0.7 < numbers(last)[0] < 1
+
+
+def test_the_command_for_other_ratings(tmp_path, ratings):
+    names = {"user": "userId", "item": "movieId"}
+    ratings.rename(names).write_csv(tmp_path / "ratings.csv")
+    command = COMMANDS[9].split(" ")[2:]
+    done = run(ROOT / "collab.py", *command, "--epochs", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 0.9 < numbers(done.stdout.splitlines()[-1])[0] < 1.4
 
 
 def test_the_notebooks_question_command(ml_100k):
