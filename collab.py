@@ -5,6 +5,7 @@ read their options, call these and print. The modules are imported inside the fu
 them, so that `--help` is instant.
 """
 
+import atexit
 import io
 import json
 import math
@@ -15,6 +16,7 @@ import statistics
 import sys
 import time
 import zipfile
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -145,11 +147,50 @@ def make_head(name, arguments):
     return {"bounded": model.bounded, "ordinal": model.ordinal}[name](*arguments)
 
 
-def fit(task, *, options, seed):
+class Job(NamedTuple):
+    """What a process trains on; under torchrun a share of the columns, and the same rest."""
+
+    columns: tuple  # Task.train; in process r of R the rows r, r + R, r + 2R ... of it
+    n_rows: int  # of all processes
+    features: tuple | None  # Task.features
+    sizes: tuple  # rows of the two tables of params
+    head: tuple  # what `choose_head` returns
+    options: dict
+    seed: int
+
+
+def make_job(task, *, options, seed):
+    """The `Job` of training on all of the task's ratings with `options`, a recipe's dict."""
+    sizes = len(task.ids.users), len(task.ids.items)
+    if task.features is not None:
+        sizes = tuple(len(side[0]) - 1 for side in task.features[2:])
+    ratings = task.train[2]
+    head = choose_head(ratings, options)
+    return Job(task.train, len(ratings), task.features, sizes, head, options, seed)
+
+
+def deal_job(job):
+    """Give each process its part of process 0's `job`. The other processes pass None."""
+    import torch
+
+    import model
+    import train
+
+    rest = [job and job._replace(columns=None, features=None)]
+    train.call_together(torch.distributed.broadcast_object_list, rest)
+    columns = train.deal(job and job.columns, by_row=True)
+    features = job and [tensor for matrix in job.features or () for tensor in matrix]
+    if features := train.deal(features, by_row=False):
+        features = model.Features(*(tuple(features[i : i + 3]) for i in range(0, 12, 3)))
+    return rest[0]._replace(columns=columns, features=features or None)
+
+
+def fit(task, *, options, seed, n_processes=1):
     """Train with `options`, a recipe's dict, and yield `(members, row)` after each epoch.
 
     `members` are the `model.Params` of the ensemble's models, trained side by side; `row` is a dict
     of the epoch's figures: epoch, train_loss, mse, rmse, mae, seconds (training), evaluate_seconds.
+    With more than one process, this is the first, and the others call `follow`.
     """
     import torch
 
@@ -157,24 +198,13 @@ def fit(task, *, options, seed):
     import train
 
     ratings = task.train[2]
-    head, clip = make_head(*choose_head(ratings, options)), (ratings.min(), ratings.max())
-    sizes = len(task.ids.users), len(task.ids.items)
-    if task.features is not None:
-        sizes = tuple(len(side[0]) - 1 for side in task.features[2:])
-
-    def member(number):
-        # torch's generator takes 32 bits; this spreads the members over them, the first at `seed`.
-        generator = torch.Generator().manual_seed((seed + number * 0x9E3779B1) % 2**32)
-        params = model.init_params(
-            *sizes,
-            n_factors=options["n_factors"],
-            n_outputs=head.n_outputs,
-            generator=generator,
-        )
-        return train_params(params, task, options=options, head=head, generator=generator)
-
+    clip = ratings.min(), ratings.max()
+    job = make_job(task, options=options, seed=seed)
+    head = make_head(*job.head)
+    if n_processes > 1:
+        job = deal_job(job)
     start = time.perf_counter()  # what is worked out before the first step counts too
-    for epochs in zip(*map(member, range(options["ensemble"])), strict=True):
+    for epochs in fit_members(job, n_processes):
         trained = time.perf_counter()
         tables = [to_rows(epoch.params, task) for epoch in epochs]
         errors = train.evaluate(
@@ -197,13 +227,48 @@ def fit(task, *, options, seed):
         start = time.perf_counter()
 
 
-def train_params(params, task, *, options, head, generator):
-    """Train on the task's ratings by the faster of two ways to the same numbers; yields epochs."""
+def follow(n_processes, threads):
+    """What a process other than the first does for `fit`: train on the share that it is given."""
+    import torch
+
+    torch.set_num_threads(threads)
+    for _ in fit_members(deal_job(None), n_processes):
+        pass
+
+
+def fit_members(job, n_processes=1):
+    """Train the ensemble's models side by side; yields a tuple of their `train.Epoch`s."""
+    import torch
+
+    import model
+
+    head = make_head(*job.head)
+
+    def member(number):
+        # torch's generator takes 32 bits; this spreads the members over them, the first at `seed`.
+        generator = torch.Generator().manual_seed((job.seed + number * 0x9E3779B1) % 2**32)
+        params = model.init_params(
+            *job.sizes,
+            n_factors=job.options["n_factors"],
+            n_outputs=head.n_outputs,
+            generator=generator,
+        )
+        return train_params(params, job, head=head, generator=generator, n_processes=n_processes)
+
+    return zip(*map(member, range(job.options["ensemble"])), strict=True)
+
+
+def train_params(params, job, *, head, generator, n_processes):
+    """Train on the job's ratings by the faster of two ways to the same numbers; yields epochs.
+
+    Several processes always take the step on all rows, of which the numbers of the step on the
+    batch's rows differ by up to 1e-3 in the error.
+    """
     import model
     import schedule
     import train
 
-    decay, bias_decay = options["weight_decay"], options["bias_decay"]
+    options = job.options
     common = {
         "n_epochs": options["epochs"],
         "batch_size": options["batch_size"],
@@ -211,36 +276,22 @@ def train_params(params, task, *, options, head, generator):
         "generator": generator,
     }
     n_batches = train.count_batches(
-        len(task.train[2]), options["batch_size"], drop_last=options["drop_last"]
+        job.n_rows, options["batch_size"], drop_last=options["drop_last"]
     )
     n_steps = options["epochs"] * n_batches
     pace = schedule.one_cycle(n_steps, lr_max=options["lr_max"])
-    shape = {"n_factors": options["n_factors"], "n_outputs": head.n_outputs}
-    is_plain = task.features is None and not options["dropout"]
-    if is_plain and is_sparse_faster(params, options, n_steps):
-        table, n_users = model.join(params), len(params.user_factors)
-        n_rest = table.shape[1] - options["n_factors"]
-        optimizer = schedule.sparse_adamw(
-            pace, n_steps, weight_decay=[decay] * options["n_factors"] + [bias_decay] * n_rest
-        )
-        for epoch in train.fit_rows(
-            table,
-            *task.train,
-            offsets=(0, n_users),
-            loss_and_grad_=partial(
-                model.pair_loss_and_grad_, head=head, n_factors=options["n_factors"]
-            ),
-            optimizer=optimizer,
-            **common,
-        ):
-            yield epoch._replace(params=model.split_table(epoch.params, n_users, **shape))
-        return
+    is_alone = n_processes == 1
+    is_plain = job.features is None and not options["dropout"]
+    if is_alone and is_plain and is_sparse_faster(params, options, n_steps):
+        return train_rows(params, job, head=head, pace=pace, n_steps=n_steps, **common)
     loss_and_grad = model.loss_and_grad
-    if task.features is not None:
-        loss_and_grad = partial(model.embedded_loss_and_grad, features=task.features)
-    yield from train.fit(
+    if job.features is not None:
+        loss_and_grad = partial(model.embedded_loss_and_grad, features=job.features)
+    decay, bias_decay = options["weight_decay"], options["bias_decay"]
+    train_dense = train.fit if is_alone else partial(train.fit_parallel, n_rows=job.n_rows)
+    return train_dense(
         params,
-        *task.train,
+        *job.columns,
         loss_and_grad=partial(
             loss_and_grad, head=head, dropout=options["dropout"], generator=generator
         ),
@@ -250,6 +301,28 @@ def train_params(params, task, *, options, head, generator):
         ),
         **common,
     )
+
+
+def train_rows(params, job, *, head, pace, n_steps, **common):
+    """`train_params` by the step that touches the batch's rows alone; yields epochs."""
+    import model
+    import schedule
+    import train
+
+    n_users, n_factors = len(params.user_factors), job.options["n_factors"]
+    table = model.join(params)
+    decays = job.options["weight_decay"], job.options["bias_decay"]
+    weight_decay = [decays[0]] * n_factors + [decays[1]] * (table.shape[1] - n_factors)
+    for epoch in train.fit_rows(
+        table,
+        *job.columns,
+        offsets=(0, n_users),
+        loss_and_grad_=partial(model.pair_loss_and_grad_, head=head, n_factors=n_factors),
+        optimizer=schedule.sparse_adamw(pace, n_steps, weight_decay=weight_decay),
+        **common,
+    ):
+        shape = {"n_factors": n_factors, "n_outputs": head.n_outputs}
+        yield epoch._replace(params=model.split_table(epoch.params, n_users, **shape))
 
 
 def is_sparse_faster(params, options, n_steps):
@@ -348,8 +421,26 @@ def _names(allowed):
     return read
 
 
+def find_processes():
+    """Rank and number of the processes of this training, as torchrun tells them; 0 and 1 alone."""
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    is_told = rank.isdecimal() and size.isdecimal() and int(size) > 1
+    return (int(rank), int(size)) if is_told else (0, 1)
+
+
+def join_processes():
+    """Be one of the processes that torchrun has started, until the end of the program."""
+    import torch
+
+    # The others wait while the first reads the data and evaluates, however long that takes.
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))
+    # Not before an error is told: torchrun ends all processes when the others have lost the first.
+    atexit.register(torch.distributed.destroy_process_group)
+
+
 def _notice(line):
-    click.echo(" ".join(line.splitlines()), err=True)  # a file may have any name
+    if find_processes()[0] == 0:  # the others have nothing else to say
+        click.echo(" ".join(line.splitlines()), err=True)  # a file may have any name
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -417,7 +508,7 @@ MODEL_OPTIONS = [
         type=click.IntRange(1, os.cpu_count()),
         default=1,
         show_default=True,
-        help="Of torch; one is fastest for small batches.",
+        help="Of torch, in each process; one is fastest for small batches.",
     ),
     click.option("--metrics", type=FILE, help="Write the figures here, as JSON."),
 ]
@@ -494,13 +585,21 @@ def start(threads, dataset, source, data_dir, paths):
 def train_command(
     dataset, source, data_dir, split, holdout, recipe, seed, threads, save, metrics, **given
 ):
-    """Train a model, printing its error on the test part after each epoch."""
+    """Train a model, printing its error on the test part after each epoch.
+
+    Under torchrun each process has a share of the ratings, and the result is that of one.
+    """
     options = choose_options(recipe, given)
     dataset = choose_dataset(dataset, source)
     split = split or ("ua" if dataset == "ml-100k" else "random")
     if save is not None and metrics is not None and save.resolve() == metrics.resolve():
         raise click.UsageError(f"--save and --metrics are both {save}.")
+    rank, n_processes = find_processes()
+    if n_processes > 1:
+        join_processes()
     started = time.perf_counter()
+    if rank > 0:
+        return follow(n_processes, threads)
     ratings, *about = start(threads, dataset, source, data_dir, (save, metrics))
     is_given = given["features"] is not None
     options["features"] = choose_features(options["features"], ratings, *about, is_given=is_given)
@@ -519,7 +618,8 @@ def train_command(
 
     tested = "test" if holdout is None else "held"
     click.echo(f"epoch | train_loss | {tested}_mse | {tested}_rmse | {tested}_mae |    time")
-    members, rows = show_epochs(fit(task, options=options, seed=seed), options["epochs"])
+    epochs = fit(task, options=options, seed=seed, n_processes=n_processes)
+    members, rows = show_epochs(epochs, options["epochs"])
     evaluate_seconds = sum(row.pop("evaluate_seconds") for row in rows)
     figures = {
         "recipe": recipe,
@@ -538,6 +638,8 @@ def train_command(
         "load_seconds": load_seconds,
     }
     where = split
+    if n_processes > 1:
+        figures["processes"] = n_processes
     if holdout is not None:
         figures["holdout"] = holdout
         where = f"{holdout:g} of the training part of {split}"
@@ -584,6 +686,8 @@ def cross_validate_command(
 ):
     """Train and test on several splits, printing each one's error, the mean and the spread."""
     options = choose_options(recipe, given)
+    if (n_processes := find_processes()[1]) > 1:
+        raise click.UsageError(f"cross-validate is of one process, not of {n_processes}.")
     if folds and splits:
         raise click.UsageError("--splits and --folds do not go together.")
     dataset = choose_dataset(dataset, source)
@@ -721,8 +825,10 @@ def main():
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
-        _notice("Error: not enough memory for these options")
+        click.echo("Error: not enough memory for these options", err=True)  # of any process
         sys.exit(1)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on it ends the program at once
 
 
 if __name__ == "__main__":

@@ -168,13 +168,15 @@ def loss_and_grad(
     head: Head,
     dropout: float = 0.0,
     generator: torch.Generator | None = None,
+    rand: Callable[..., Tensor] = torch.rand,
 ) -> tuple[Tensor, Params]:
     """The head's loss of a batch, and its gradient in every table, derived by hand.
 
     `users` and `items` int64 (B,), `ratings` (B,), `context` (B, J) or None. With dz the head's
     d loss / dz, a bias gets the sum of dz over the pairs it takes part in, and a row of factors the
     sum of dz times the other side's row. `dropout` is the share of the K products of each pair left
-    out of its dot product, drawn from `generator`; the rest is scaled up.
+    out of its dot product, drawn from `generator` by `rand`, called as `torch.rand`; the rest is
+    scaled up.
 
     Any other shape is a ValueError and never broadcast: (B,) against (B, 1) would average over
     B x B pairs, which trains the biases alone and looks like a result.
@@ -190,7 +192,7 @@ def loss_and_grad(
         user_bias = user_bias + context @ params.user_bias[-n_context:]
     if dropout:
         # Half the time of bernoulli_.
-        draw = torch.rand(q.shape, generator=generator, dtype=q.dtype)
+        draw = rand(q.shape, generator=generator, dtype=q.dtype)
         kept = draw.ge_(dropout).div_(1 - dropout)
         q = q * kept
     dot = (p * q).sum(1, keepdim=head.n_outputs > 1)

@@ -20,6 +20,7 @@ True
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -103,6 +104,136 @@ def fit(
         if not math.isfinite(train_loss):
             raise ValueError(f"the loss is {train_loss} in epoch {epoch}: try a smaller lr")
         yield Epoch(epoch, params, train_loss, time.perf_counter() - start)
+
+
+def fit_parallel(
+    params: Sequence[Tensor],
+    *columns: Tensor,
+    n_rows: int,
+    loss_and_grad: Callable,
+    optimizer: tuple[Callable, Callable],
+    n_epochs: int,
+    batch_size: int,
+    generator: torch.Generator,
+    drop_last: bool = False,
+) -> Iterator[Epoch]:
+    """`fit` by all processes of `torch.distributed` at once, each with its share of the columns.
+
+    Of `n_rows` rows, process r of R holds r, r + R, r + 2R ..., as `deal` hands them out. Batches
+    are those of `fit`: every process draws the same permutation, computes on the rows it holds of a
+    batch, weighs its means by their share of the batch, and gets the sum of all processes' loss and
+    gradients from one `all_reduce` a step. So `params` and the state of `generator` must be the
+    same in all, and each yields the epochs of `fit`, but for the rounding of sums in another order.
+    `loss_and_grad` is called as by `fit` and with `rand`, to be used in place of `torch.rand` for
+    random numbers of each row. The gradients that `update_` gets are overwritten in the next step.
+    Source: Goyal et al. 2017, "Accurate, large minibatch SGD", remark 3 (means are of the whole
+    batch); Li et al. 2020, "PyTorch Distributed" (gradient bucketing, here into one for all).
+
+    ValueError as from `fit`, and for columns that are no share of `n_rows`; ConnectionError when
+    another process has ended.
+    """
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    n_batches = count_batches(n_rows, batch_size, drop_last=drop_last)
+    if n_rows < size:
+        raise ValueError(f"{n_rows} ratings are too few for {size} processes")
+    if (n_held := _count_rows(columns)) != len(range(rank, n_rows, size)):
+        raise ValueError(f"{n_held} of {n_rows} rows are no share of process {rank} of {size}")
+    tables = [param.clone() for param in params]
+    params = type(params)(*tables) if hasattr(params, "_fields") else tables
+    init, update_ = optimizer
+    state, step, average = init(params), 0, _make_average(tables)
+    for epoch in range(1, n_epochs + 1):
+        start = time.perf_counter()
+        order = torch.randperm(n_rows, generator=generator)[: n_batches * batch_size]
+        rows, places, sizes, totals, weights = _find_parts(order, batch_size, rank, size)
+        held = (places, *(column[rows] for column in columns))
+        parts = zip(totals, weights, *(column.split(sizes) for column in held), strict=True)
+        total = torch.zeros((), dtype=torch.float64)
+        for n, weight, where, *part in parts:
+            own = loss_and_grad(params, *part, rand=partial(_rand_rows, where, n))
+            loss, grads = average(*own, weight)
+            update_(params, grads, state, step)
+            total += loss * n
+            step += 1
+        train_loss = total.item() / len(order)
+        if not math.isfinite(train_loss):
+            raise ValueError(f"the loss is {train_loss} in epoch {epoch}: try a smaller lr")
+        yield Epoch(epoch, params, train_loss, time.perf_counter() - start)
+
+
+def _make_average(tables: Sequence[Tensor]) -> Callable:
+    """A function of a process's loss, gradients and weight: their weighted sum over processes."""
+    sizes = [table.numel() for table in tables]
+    flat = tables[0].new_empty(1 + sum(sizes))
+    loss, *sums = flat.split([1, *sizes])
+    sums = [part.view_as(table) for part, table in zip(sums, tables, strict=True)]
+
+    def average(own: Tensor, grads: Sequence[Tensor], weight: float) -> tuple:
+        torch.cat([own.reshape(1), *(grad.reshape(-1) for grad in grads)], out=flat)
+        call_together(torch.distributed.all_reduce, flat.mul_(weight))
+        return loss[0], sums
+
+    return average
+
+
+def _rand_rows(places: Tensor, n: int, shape: Sequence[int], **options) -> Tensor:
+    """The rows `places` of what `torch.rand` draws for a whole batch of `n`."""
+    return torch.rand(n, *shape[1:], **options)[places]
+
+
+def _find_parts(order: Tensor, batch_size: int, rank: int, size: int) -> tuple:
+    """What one process holds of each batch of an epoch, the rows `order` (n,) cut by `batch_size`.
+
+    Returns its rows in its own count (m,) and their places in their batches (m,); and for each
+    batch how many of these are in it, how many rows it has in all, and the quotient. Where it holds
+    none of a batch, its row 0 stands in with the quotient 0.
+    """
+    is_held = order % size == rank
+    firsts = torch.arange(0, len(order), batch_size)
+    totals = (len(order) - firsts).clamp_(max=batch_size)
+    counts = torch.bincount(is_held.nonzero()[:, 0] // batch_size, minlength=len(firsts))
+    stand_ins = firsts[counts == 0]
+    order = order // size
+    order[stand_ins], is_held[stand_ins] = 0, True
+    found = is_held.nonzero()[:, 0]
+    weights = (counts.double() / totals).tolist()
+    sizes = counts.clamp_(min=1).tolist()
+    return order[found], found % batch_size, sizes, totals.tolist(), weights
+
+
+def deal(tensors: Sequence[Tensor] | None, *, by_row: bool) -> list[Tensor]:
+    """Hand out process 0's `tensors`, each (N, ...), to all; the other processes pass None.
+
+    By row, process r of R gets the rows r, r + R, r + 2R ... of each, otherwise all of each.
+    ConnectionError when another process has ended.
+    """
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+    def part(n_rows: int, rank: int) -> slice:
+        return slice(rank, n_rows, size) if by_row else slice(n_rows)
+
+    forms = [[(tensor.shape, tensor.dtype) for tensor in tensors or ()]]
+    call_together(torch.distributed.broadcast_object_list, forms)
+    if rank == 0:
+        for tensor in tensors:
+            for other in range(1, size):
+                share = tensor[part(len(tensor), other)].contiguous()
+                call_together(torch.distributed.send, share, other)
+        return [tensor[part(len(tensor), 0)].contiguous() for tensor in tensors]
+    shares = []
+    for (n_rows, *rest), dtype in forms[0]:
+        n_held = len(range(n_rows)[part(n_rows, rank)])
+        shares.append(torch.empty(n_held, *rest, dtype=dtype))
+        call_together(torch.distributed.recv, shares[-1], 0)
+    return shares
+
+
+def call_together(collective: Callable, *arguments):
+    """Call a function of `torch.distributed`. ConnectionError when another process has ended."""
+    try:
+        collective(*arguments)
+    except RuntimeError as error:
+        raise ConnectionError("another process of this training has ended") from error
 
 
 def fit_rows(

@@ -70,12 +70,8 @@ def show(seconds, against):
 
 def our_loop(task, options):
     """Seconds of a whole training loop, all that is worked out for it included."""
-    generator = torch.Generator().manual_seed(0)
-    head = collab.make_head(*collab.choose_head(task.train[2], options))
-    sizes = map(len, task.ids)
-    params = model.init_params(*sizes, n_factors=options["n_factors"], generator=generator)
-    epochs = collab.train_params(params, task, options=options, head=head, generator=generator)
-    return timed(list, epochs)
+    job = collab.make_job(task, options=options, seed=0)
+    return timed(lambda: list(collab.fit_members(job)))
 
 
 class Notebook(torch.nn.Module):

@@ -593,6 +593,20 @@ def test_no_command_shows_the_help(run):
     assert "train" in done.stderr
 
 
+@pytest.fixture
+def main(monkeypatch, capsys, tmp_path):
+    """Run `python collab.py ...` in this process, in an empty folder, to an exit status."""
+
+    def main(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["collab.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            collab.main()
+        return subprocess.CompletedProcess(arguments, caught.value.code, *capsys.readouterr())
+
+    return main
+
+
 def assert_one_line(done, *parts):
     assert done.returncode == 1
     assert done.stdout == ""
@@ -601,7 +615,7 @@ def assert_one_line(done, *parts):
         assert part in line
 
 
-def test_a_result_that_cannot_be_written_is_said_before_training(run, tmp_path):
+def test_a_result_that_cannot_be_written_is_said_before_training(main, tmp_path):
     (tmp_path / "folder").mkdir()
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
@@ -612,13 +626,13 @@ def test_a_result_that_cannot_be_written_is_said_before_training(run, tmp_path):
         ("--metrics", "folder"),
         ("--save", closed / "file"),
     ):
-        assert_one_line(run("train", option, path), str(path), "cannot be written")
+        assert_one_line(main("train", option, path), str(path), "cannot be written")
 
 
 @pytest.mark.usefixtures("ml_100k")
-def test_a_range_that_cannot_reach_a_rating_is_refused(run, tmp_path):
+def test_a_range_that_cannot_reach_a_rating_is_refused(main, tmp_path):
     (tmp_path / "m.json").write_text("old")
-    done = run("train", "--y-range", "0", "4", "--metrics", "m.json")
+    done = main("train", "--y-range", "0", "4", "--metrics", "m.json")
     assert done.returncode == 1
     *_, line = done.stderr.splitlines()
     assert line == "Error: ratings from 1 to 5 are not all within y_range 0 to 4"
@@ -675,8 +689,8 @@ def test_a_closed_stream_is_no_failure(tmp_path, stream):
 
 
 @pytest.mark.usefixtures("ml_100k")
-def test_a_loss_that_is_not_finite_is_one_line(run, tmp_path):
-    done = run(
+def test_a_loss_that_is_not_finite_is_one_line(main, tmp_path):
+    done = main(
         "train", "--lr-max", "1e38", "--bias-decay", 0, "--weight-decay", 0, "--metrics", "m"
     )
     assert done.returncode == 1
@@ -798,3 +812,84 @@ def test_the_recipes_decays_go_with_the_number_of_rows():
     given["weight_decay"] = 0.3
     assert list(collab.scale_decay("default", given, n_rows=26_250)) == ["bias_decay"]
     assert collab.scale_decay("default", given, n_rows=5)["bias_decay"] == recipe["bias_decay"]
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """Run `torchrun collab.py ...` with two processes in an empty folder."""
+
+    def torchrun(*arguments):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        return subprocess.run(
+            [*command, "--nproc-per-node", "2", ROOT / "collab.py", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=100,
+        )
+
+    return torchrun
+
+
+@pytest.mark.usefixtures("ml_100k")
+def test_two_processes_train_as_one_does(torchrun, tmp_path):
+    """Features, context, dropout, Q outputs and two models; 90,570 ratings are 11 batches, the last
+    of 458, of which each process has its own part."""
+    command = ("train", "--recipe", "best", "--ensemble", "2", "--epochs", "2")
+    command += ("--batch-size", "8192", "--metrics", "m.json", "--save", "m.pt")
+    done = torchrun(*command)
+    assert done.returncode == 0, done.stderr
+    header, *lines, last = done.stdout.splitlines()
+    assert header.startswith("epoch | train_loss")
+    assert [LINE.fullmatch(line).group(1) for line in lines] == ["1", "2"]
+    assert last.startswith("test mse ")
+    figures, saved = read_json(tmp_path / "m.json"), collab.load_model(tmp_path / "m.pt")
+    assert figures.pop("processes") == 2
+
+    names = [str(tmp_path / name) if name in ("m.json", "m.pt") else name for name in command]
+    CliRunner().invoke(collab.cli, names, catch_exceptions=False)
+    alone, saved_alone = read_json(tmp_path / "m.json"), collab.load_model(tmp_path / "m.pt")
+    for name in ("fit_seconds", "evaluate_seconds", "load_seconds"):
+        del figures[name], alone[name]
+    for ours, theirs in zip(figures.pop("epochs"), alone.pop("epochs"), strict=True):
+        del ours["seconds"], theirs["seconds"]
+        assert ours == pytest.approx(theirs, rel=1e-6)
+    assert figures.items() >= {"recipe": "best", "n_train": 90570, "n_test": 9430}.items()
+    for name in ("mse", "rmse", "mae"):
+        assert figures.pop(name) == pytest.approx(alone.pop(name), rel=1e-6)
+    assert figures == alone
+    for ours, theirs in zip(saved.members, saved_alone.members, strict=True):
+        for table, other in zip(ours, theirs, strict=True):
+            # Sums in another order: eps is 1.2e-7, tables reach 0.5 and most changes are far
+            # smaller; but Adam makes a step of lr of a gradient of rounding errors.
+            torch.testing.assert_close(table, other, rtol=0, atol=1e-4)
+            assert (table - other).abs().mean() < 1e-7
+
+
+@pytest.mark.usefixtures("ml_100k")
+def test_bad_input_of_two_processes_is_one_line(torchrun, tmp_path):
+    done = torchrun("train", "--y-range", "0", "4", "--metrics", "m.json")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    told = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert told == ["Error: ratings from 1 to 5 are not all within y_range 0 to 4"]
+    assert "collab.py" not in re.sub("collab.py FAILED", "", done.stderr), "no traceback of ours"
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "lines"), [("0", "2", 1), ("1", "2", 0), ("3", "1", 1), ("x", "2", 1)]
+)
+def test_the_first_process_speaks_for_all(main, monkeypatch, rank, size, lines):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    done = main("cross-validate", "--folds", "1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == lines
+
+
+def test_folds_are_of_one_process(main, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = main("cross-validate")
+    assert done.stderr == "Error: cross-validate is of one process, not of 2.\n"

@@ -261,3 +261,33 @@ def test_the_gradient_of_gathered_rows_is_autograds(batch, head, loss):
         assert got.item() == pytest.approx(wanted.item(), rel=1e-12)
         summed = torch.zeros_like(table).index_add_(0, rows.view(-1), grads.view(14, -1))
         torch.testing.assert_close(summed, leaf.grad, rtol=1e-11, atol=1e-13)
+
+
+@HEADS
+def test_the_parts_of_a_batch_have_its_dropout(batch, head, loss):
+    """Weighted by their shares, they add up: each takes its rows of one draw for the whole."""
+    params = make_params(6, 9, head)
+    whole, grads = model.loss_and_grad(
+        params, *batch, head=head, dropout=0.4, generator=torch.Generator().manual_seed(3)
+    )
+    total, sums = 0.0, [torch.zeros_like(param) for param in params]
+    for places in (torch.tensor([0, 3, 4]), torch.tensor([1, 2, 5, 6])):
+
+        def rand(shape, places=places, **options):
+            assert shape == (len(places), 3)
+            return torch.rand(7, 3, **options)[places]
+
+        part, part_grads = model.loss_and_grad(
+            params,
+            *(column[places] for column in batch),
+            head=head,
+            dropout=0.4,
+            generator=torch.Generator().manual_seed(3),
+            rand=rand,
+        )
+        total += part * len(places) / 7
+        for summed, grad in zip(sums, part_grads, strict=True):
+            summed += grad * len(places) / 7
+    assert total.item() == pytest.approx(whole.item(), rel=1e-12)
+    for summed, grad in zip(sums, grads, strict=True):
+        torch.testing.assert_close(summed, grad, rtol=0, atol=1e-12)

@@ -1,9 +1,13 @@
 import math
+import multiprocessing
+import os
 from functools import partial
 
 import numpy
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import model
 import schedule
@@ -256,6 +260,150 @@ def test_fit_rows_takes_what_fit_takes():
     assert [len(batch) for batch in batches] == [4, 4]
     with pytest.raises(ValueError, match="the loss is nan in epoch 1"):
         list(fit(4, value=math.nan))
+
+
+# Three processes and 50 rows: shares of 17, 17 and 16.
+PARALLEL = {
+    "dropout and context": {"batch_size": 20, "dropout": 0.3},
+    "batches of one": {"batch_size": 1, "dropout": 0.3},
+    "one batch": {"batch_size": 1000},
+    "the last batch dropped": {"batch_size": 7, "drop_last": True},
+    "features and two outputs": {"batch_size": 8, "dropout": 0.1, "head": "ordinal"},
+}
+
+
+def fit_shares(fit, columns, *, dropout=0.0, head="bounded", **options):
+    """A short real training in float64 on `columns`; returns losses and parameters by epoch."""
+    generator = torch.Generator().manual_seed(5)
+    head = HEAD if head == "bounded" else model.ordinal([0, 2, 5], [0.8, 0.4])
+    shape = {"n_factors": 3, "n_outputs": head.n_outputs, "dtype": torch.float64, "std": 0.5}
+    params = model.init_params(10, 10, generator=generator, **shape)
+    loss_and_grad = model.loss_and_grad
+    if head is not HEAD:
+        starts = torch.arange(0, 21, 2)
+        matrix = starts, torch.arange(20) * 7 % 10, torch.linspace(0.5, 1, 20).double()
+        order = matrix[1].argsort(stable=True)
+        transposed = starts, order // 2, matrix[2][order]
+        features = model.Features(matrix, matrix, transposed, transposed)
+        loss_and_grad = partial(model.embedded_loss_and_grad, features=features)
+    epochs = fit(
+        params,
+        *columns,
+        loss_and_grad=partial(loss_and_grad, head=head, dropout=dropout, generator=generator),
+        optimizer=schedule.adamw(schedule.constant(lr=0.01), weight_decay=0.1),
+        n_epochs=3,
+        generator=generator,
+        **options,
+    )
+    return [(e.train_loss, [param.clone() for param in e.params]) for e in epochs]
+
+
+def make_columns():
+    generator = torch.Generator().manual_seed(2)
+    users, items = (torch.randint(8, (50,), generator=generator) for _ in "12")
+    ratings = torch.randint(6, (50,), generator=generator).double()
+    return users, items, ratings, torch.rand(50, 2, generator=generator, dtype=torch.float64)
+
+
+def run_process(rank, size, folder):
+    """All of PARALLEL, and then: process 1 ends, which the others must notice."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size
+    )
+    columns = train.deal(make_columns() if rank == 0 else None, by_row=True)
+    (whole,) = train.deal([torch.ones(2, 3)] if rank == 0 else None, by_row=False)
+    fit = partial(train.fit_parallel, n_rows=50)
+    results = [fit_shares(fit, columns, **options) for options in PARALLEL.values()]
+    message = None
+    if rank != 1:
+        with pytest.raises(ConnectionError) as caught:
+            fit_shares(fit, columns, batch_size=1)
+        message = str(caught.value)
+    torch.save((columns, whole, results, message), f"{folder}/{rank}.pt")
+    os._exit(0)  # as if killed
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """What each of three processes has received and trained, all of PARALLEL in one group."""
+    folder = tmp_path_factory.mktemp("processes")
+    context = multiprocessing.get_context("spawn")
+    started = [
+        context.Process(target=run_process, args=(rank, 3, str(folder)), daemon=True)
+        for rank in range(3)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(timeout=60)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(3)]
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_several_processes_train_as_one_does(processes, name):
+    number = list(PARALLEL).index(name)
+    wanted = fit_shares(train.fit, make_columns(), **PARALLEL[name])
+    first, *others = (results[number] for _, _, results, _ in processes)
+    assert len(first) == 3
+    for (loss, params), (got_loss, got) in zip(wanted, first, strict=True):
+        assert got_loss == pytest.approx(loss, rel=1e-12)
+        for ours, theirs in zip(got, params, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    for other in others:  # and to the bit as each other
+        for (loss, params), (got_loss, got) in zip(first, other, strict=True):
+            assert got_loss == loss
+            assert all(torch.equal(a, b) for a, b in zip(params, got, strict=True))
+
+
+def test_a_process_gets_its_rows_alone(processes):
+    for rank, (columns, whole, _, _) in enumerate(processes):
+        for share, column in zip(columns, make_columns(), strict=True):
+            assert torch.equal(share, column[rank::3])
+        assert torch.equal(whole, torch.ones(2, 3))
+
+
+def test_a_process_that_ends_is_noticed(processes):
+    gone = "another process of this training has ended"
+    assert [message for _, _, _, message in processes] == [gone, None, gone]
+
+
+@given(st.integers(1, 60), st.integers(1, 70), st.integers(1, 9))
+@example(7, 7, 9)
+def test_the_parts_of_a_batch_are_the_batch(n_rows, batch_size, size):
+    order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(n_rows))
+    batches = [[None] * len(batch) for batch in order.split(batch_size)]
+    totals = [0.0] * len(batches)
+    for rank in range(size):
+        rows, places, sizes, n_all, weights = train._find_parts(order, batch_size, rank, size)
+        assert n_all == [len(batch) for batch in batches]
+        parts = zip(rows.split(sizes), places.split(sizes), weights, strict=True)
+        for number, (part, where, weight) in enumerate(parts):
+            totals[number] += weight
+            assert len(part) == (round(weight * n_all[number]) or 1)
+            if not weight:
+                assert part.tolist() == [0]
+            else:
+                for row, place in zip(part.tolist(), where.tolist(), strict=True):
+                    assert batches[number][place] is None
+                    batches[number][place] = row * size + rank
+    assert [row for batch in batches for row in batch] == order.tolist()
+    assert totals == pytest.approx([1] * len(batches))
+
+
+@pytest.mark.parametrize(
+    ("n_held", "n_rows", "message"),
+    [(1, 3, "3 ratings are too few for 4 processes"), (9, 40, "9 of 40 rows are no share of pro")],
+)
+def test_shares_that_do_not_fit(monkeypatch, n_held, n_rows, message):
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    with pytest.raises(ValueError, match=message):
+        fit_shares(
+            partial(train.fit_parallel, n_rows=n_rows),
+            [column[:n_held] for column in make_columns()],
+            batch_size=4,
+        )
 
 
 PREDICTION = numpy.array([0.5, 2.0, 3.5, 6.0])
