@@ -28,7 +28,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
@@ -387,10 +387,9 @@ def read_ratings(path: Path) -> polars.DataFrame:
         if not first.strip():
             raise ValueError(f"{label}: no ratings" + (" in line 1" if first else ""))
         form, is_header = _detect(label, first)
-        n_above = int(is_header)
+        frames, n_above = [], int(is_header)
         if (ratings := _read_whole(file, form, n_above)) is not None:
             return ratings
-        frames = []
         block = b"" if is_header else first
         while block := block + _read_lines(label, file):
             frames.append(_parse(label, block, form, n_above))
@@ -498,24 +497,17 @@ def _is_number(text: str) -> bool:
 
 
 def _read_whole(file: IO[bytes], form: _Form, n_above: int) -> polars.DataFrame | None:
-    """The ratings of a file on disk, by all cores; None where it takes blocks to tell.
-
-    Of columns that are all read polars refuses a field too many, and one too few is null.
-    """
+    """The ratings of a file on disk, by all cores; None where it takes blocks to tell."""
     is_on_disk = isinstance(file, io.BufferedReader) and Path(file.name).is_file()
     if not is_on_disk or form.separator == "::" or None in form.columns:
         return None
-    try:
-        # Opened again, for polars moves the position; by path, it would take a * as a pattern.
-        with open(file.name, "rb") as whole:
-            ratings = _read_csv(whole, form, skip_rows=n_above)
-    except ValueError:
-        return None
-    return ratings if len(ratings) else None
+    # Opened again, for polars moves the position; by path, it would take a * as a pattern.
+    with open(file.name, "rb") as whole, suppress(ValueError):
+        return _read_csv(whole, form, skip_rows=n_above)
 
 
 def _read_csv(source: bytes | IO[bytes], form: _Form, **options) -> polars.DataFrame:
-    """ValueError, without the line, for a value that is wrong."""
+    """ValueError says what is wrong, not where; also a field too few or too many, if it is read."""
     names = [name or f"_{place}" for place, name in enumerate(form.columns)]
     schema = {name: RATING_SCHEMA.get(name, polars.String) for name in names}
     options |= {"separator": form.separator, "has_header": False, "quote_char": None}
@@ -524,7 +516,8 @@ def _read_csv(source: bytes | IO[bytes], form: _Form, **options) -> polars.DataF
     except polars.exceptions.PolarsError as error:
         raise ValueError(str(error).splitlines()[0]) from None
     ratings = ratings.select(name for name in RATING_SCHEMA if name in schema)
-    if sum(ratings.null_count().row(0)) or not ratings["rating"].is_finite().all():
+    n_nulls = sum(ratings.null_count().row(0))
+    if n_nulls or not len(ratings) or not ratings["rating"].is_finite().all():
         raise ValueError("a value is missing or not finite")
     return ratings
 
@@ -536,7 +529,6 @@ def _parse(label: str, block: bytes, form: _Form, n_above: int) -> polars.DataFr
         content, separator = block.replace(b"::", b"\x1f"), "\x1f"
     try:
         ratings = _read_csv(content, form._replace(separator=separator))
-        # polars lets pass a field too many or too few where it need not read it.
         n_separators = numpy.count_nonzero(numpy.frombuffer(content, "u1") == ord(separator))
         if n_separators == len(ratings) * (len(form.columns) - 1):
             return ratings
@@ -821,21 +813,17 @@ def _index(*columns: polars.Series) -> tuple[polars.Series, numpy.ndarray, numpy
 
 def _is_any_shared(part: Part, test_part: Part, n_items: int) -> bool:
     """Whether a (user, item) pair is in both. Quick where they are sorted, as by `split`."""
-
-    def sorted_keys(part: Part, rows: slice) -> numpy.ndarray:
-        users, items = part.users[rows].numpy(), part.items[rows].numpy()
-        return numpy.sort(users * n_items + items, kind="stable")  # one pass over what is sorted
-
-    def is_shared(start: int) -> bool:
-        keys = sorted_keys(part, slice(start, start + SLICE))
+    test_keys = numpy.sort((test_part.users * n_items + test_part.items).numpy())
+    users, items = part.users.numpy(), part.items.numpy()
+    for start in range(0, len(users), SLICE):
+        keys = users[start : start + SLICE] * n_items + items[start : start + SLICE]
+        keys.sort(kind="stable")  # one pass over what is sorted
         low, high = numpy.searchsorted(test_keys, [keys[0], keys[-1] + 1])
         few, many = sorted((keys, test_keys[low:high]), key=len)
         places = numpy.searchsorted(many, few).clip(max=len(many) - 1)
-        return bool((many[places] == few).any())
-
-    test_keys = sorted_keys(test_part, slice(None))
-    with ThreadPoolExecutor(2) as pool:
-        return any(pool.map(is_shared, range(0, len(part.users), SLICE)))
+        if (many[places] == few).any():
+            return True
+    return False
 
 
 def find_seen(
@@ -948,7 +936,8 @@ def describe(about: polars.DataFrame, key: str) -> polars.DataFrame:
     column in which most values occur once is a label (a title, a postal code) and is left out, and
     so is what is missing.
     """
-    blocks, n_features = [], 0
+    schema = {key: about[key].dtype, "feature": polars.Int64, "value": polars.Float64}
+    blocks, n_features = [polars.DataFrame(schema=schema)], 0
     for column in about.drop(key).columns:
         values = about.select(key, value=column, share=1.0).drop_nulls()
         if values["value"].dtype == polars.List:
@@ -965,10 +954,6 @@ def describe(about: polars.DataFrame, key: str) -> polars.DataFrame:
         feature = polars.col("value").rank("dense").cast(polars.Int64) - 1 + n_features
         blocks.append(values.select(key, feature.alias("feature"), value="share"))
         n_features = int(blocks[-1]["feature"].max()) + 1
-    if not blocks:
-        return polars.DataFrame(
-            schema={key: about[key].dtype, "feature": polars.Int64, "value": polars.Float64}
-        )
     return polars.concat(blocks)
 
 
