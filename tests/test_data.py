@@ -11,6 +11,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import numpy
 import polars
 import pytest
 import torch
@@ -157,6 +158,14 @@ def test_every_format_is_read_as_it_was_written(tmp_path_factory, name, rows, is
     archive.write_bytes(zipped({"ml/README": b"no", f"ml/{name}": content}))
     for path in (folder / name, folder / "open", folder, archive):
         assert read_in_blocks(path).equals(table)
+
+
+def test_a_pipe_is_read_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(b"1,2,3\n1,4,5\n",))
+    writer.start()
+    assert data.read_ratings(tmp_path / "pipe").rows() == [(1, 2, 3.0), (1, 4, 5.0)]
+    writer.join()
 
 
 @given(content=st.binary(max_size=60) | st.text("12.,:\t\r\n-exan", max_size=60).map(str.encode))
@@ -394,9 +403,16 @@ def test_shared_pairs_are_refused():
 SPARSE = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1)
 
 
+@pytest.mark.parametrize("size", [2, 1 << 18])
 @given(pairs=SPARSE, test_pairs=SPARSE, far=st.sampled_from([1, 10**9]))
-def test_tensors_against_the_loop(pairs, test_pairs, far):
-    """In any order, with pairs twice, for ids near each other and far apart."""
+def test_tensors_against_the_loop(size, pairs, test_pairs, far):
+    """In any order, with pairs twice, for ids near each other and far apart, slice by slice."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "SLICE", size)
+        check_tensors(pairs, test_pairs, far)
+
+
+def check_tensors(pairs, test_pairs, far):
     train, test = (frame([(u * far, i * far, 3) for u, i in part]) for part in (pairs, test_pairs))
     shared = [pair for pair in test_pairs if pair in pairs]
     if shared:
@@ -448,6 +464,8 @@ def test_hold_out_is_a_seeded_share(ratings):
     assert polars.concat([rest, held]).sort("user", "item").equals(ratings.sort("user", "item"))
     assert data.hold_out(ratings, 0.25, seed=1)[1].equals(held)
     assert not data.hold_out(ratings, 0.25, seed=2)[1].equals(held)
+    drawn = numpy.random.default_rng(1).permutation(100_000) < 25_000
+    assert ratings.filter(drawn).sort("user", "item").equals(held), "quoted figures rest on it"
 
 
 def test_every_rating_is_tested_in_one_fold():
