@@ -74,6 +74,19 @@ def our_loop(task, options):
     return timed(lambda: list(collab.fit_members(job)))
 
 
+class Rows(torch.utils.data.Dataset):
+    """A row at a time, as in the notebook."""
+
+    def __init__(self, users, items, ratings):
+        self.pairs, self.ratings = torch.stack([users, items], 1), ratings
+
+    def __len__(self):
+        return len(self.ratings)
+
+    def __getitem__(self, row):
+        return self.pairs[row], self.ratings[row]
+
+
 class Notebook(torch.nn.Module):
     """The notebook's model, its shapes right."""
 
@@ -93,16 +106,17 @@ class Notebook(torch.nn.Module):
 def notebooks_loop(task):
     """Seconds of fastai's ten epochs with torch's own parts: ten times the first epoch."""
     torch.manual_seed(0)
-    rows = torch.utils.data.TensorDataset(*task.train)
-    loader = torch.utils.data.DataLoader(rows, batch_size=64, shuffle=True, drop_last=True)
+    loader = torch.utils.data.DataLoader(
+        Rows(*task.train), batch_size=64, shuffle=True, drop_last=True
+    )
     net = Notebook(*map(len, task.ids))
-    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
     pace = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=10 * len(loader))
 
     def epoch():
-        for users, items, ratings in loader:
+        for pairs, ratings in loader:
             optimizer.zero_grad()
-            torch.nn.functional.mse_loss(net(users, items), ratings).backward()
+            torch.nn.functional.mse_loss(net(*pairs.unbind(1)), ratings).backward()
             optimizer.step()
             pace.step()
 
