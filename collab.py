@@ -430,12 +430,20 @@ def find_processes():
 
 def join_processes():
     """Be one of the processes that torchrun has started, until the end of the program."""
-    import torch
+    from torch import distributed
 
+    try:
+        meeting = distributed.rendezvous("env://", timeout=timedelta(minutes=5))
+        store, rank, size = next(meeting)
+    except RuntimeError as error:
+        address = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise ConnectionError(f"no other process of this training at {address}") from error
     # The others wait while the first reads the data and evaluates, however long that takes.
-    torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))
+    distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(days=1)
+    )
     # Not before an error is told: torchrun ends all processes when the others have lost the first.
-    atexit.register(torch.distributed.destroy_process_group)
+    atexit.register(distributed.destroy_process_group)
 
 
 def _notice(line):
