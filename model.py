@@ -10,7 +10,6 @@ torch.Size([2, 5])
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -60,6 +59,9 @@ class Head(NamedTuple):
     n_outputs: int  # Q: z is (...,) for Q = 1, (..., Q) otherwise
     predict: Callable[[Tensor], Tensor]  # z to ratings (...,)
     loss_and_grad: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # z, ratings to loss, d/dz
+    # The same for batches in turn, of ratings (n, B): a function from the next one's z to d loss /
+    # dz, and one that gives the losses (n,) after the last. What all share is worked out once.
+    in_turn: Callable[[Tensor], tuple[Callable[[Tensor], Tensor], Callable[[], Tensor]]]
 
 
 def bounded(low: float, high: float) -> Head:
@@ -73,21 +75,24 @@ def bounded(low: float, high: float) -> Head:
     def predict(z: Tensor) -> Tensor:
         return torch.sigmoid(z) * span + low
 
-    @cache  # a product with a Python number takes twice as long as one with a tensor
-    def constants(n_ratings: int, dtype: torch.dtype) -> tuple:
-        scale = 2 * span / n_ratings
-        values = (scale * span, scale * low, 1 / (scale**2 * n_ratings))
-        return scale, *(torch.tensor(value, dtype=dtype) for value in values)
-
     def loss_and_grad(z: Tensor, ratings: Tensor) -> tuple[Tensor, Tensor]:
-        scale, slope, shift, share = constants(len(ratings), z.dtype)
         s = torch.sigmoid(z)
-        error = torch.sub(s * slope, ratings, alpha=scale)  # times 2 (high - low) / B
-        if low:
-            error += shift
-        return error.dot(error).mul_(share), torch.ops.aten.sigmoid_backward(error, s)
+        error = s * span + (low - ratings)
+        return error.dot(error) / len(ratings), error * (s - s * s) * (2 * span / len(ratings))
 
-    return Head(1, predict, loss_and_grad)
+    def in_turn(ratings: Tensor) -> tuple[Callable, Callable]:
+        n_ratings = ratings.shape[1]
+        scale = 2 * span**2 / n_ratings
+        errors = (low - ratings) * (scale / span)
+        rows = iter(errors.unbind())
+
+        def grad(z: Tensor) -> Tensor:
+            s = torch.sigmoid(z)
+            return torch.ops.aten.sigmoid_backward(next(rows).add_(s, alpha=scale), s)
+
+        return grad, lambda: errors.square().sum(1) * (span**2 / scale**2 / n_ratings)
+
+    return Head(1, predict, loss_and_grad, in_turn)
 
 
 def ordinal(levels: Sequence[float], shares: Sequence[float]) -> Head:
@@ -121,7 +126,17 @@ def ordinal(levels: Sequence[float], shares: Sequence[float]) -> Head:
         loss = torch.nn.functional.binary_cross_entropy_with_logits(z, above, reduction="sum")
         return loss / len(ratings), (torch.sigmoid(z) - above) / len(ratings)
 
-    return Head(len(shares), predict, loss_and_grad)
+    def in_turn(ratings: Tensor) -> tuple[Callable, Callable]:
+        rows, losses = iter(ratings.unbind()), []
+
+        def grad(z: Tensor) -> Tensor:
+            loss, dz = loss_and_grad(z, next(rows))
+            losses.append(loss)
+            return dz
+
+        return grad, lambda: torch.stack(losses)
+
+    return Head(len(shares), predict, loss_and_grad, in_turn)
 
 
 def predict(
@@ -243,33 +258,31 @@ def _columns(n_factors: int, n_outputs: int) -> tuple:
 
 
 def pair_loss_and_grad_(
-    pairs: Tensor, grads: Tensor, *, n_factors: int, head: Head
-) -> Callable[[Tensor], Tensor]:
-    """`loss_and_grad` of gathered rows of `join`'s table, as a function of `ratings` (B,).
+    pairs: Tensor, grads: Tensor, ratings: Tensor, *, n_factors: int, head: Head
+) -> tuple[Callable[[], None], Callable[[], Tensor]]:
+    """`loss_and_grad` of gathered rows of `join`'s table, for the batches `ratings` (n, B) in turn.
 
-    `pairs` (2, B, C) holds the users' rows of a batch and the items' rows. A call returns the
-    batch's loss and writes the gradient of each of these rows to `grads`, of the same shape and at
-    first zero. Both are used in place, so that the views below are made once and not at each step.
+    `pairs` (2, B, C) holds the users' rows of a batch, then the items'. Returns two functions. A
+    call of the first goes on to the next batch and writes to `grads`, of the same shape, the
+    gradient of the items' rows, then of the users': but for the biases one product, since each is a
+    multiple of the other side's row. The second gives the losses (n,) after the last batch.
     """
     factors, bias = _columns(n_factors, head.n_outputs)
     p, q = pairs[:, :, factors]
-    dp, dq = grads[:, :, factors]
     user_bias, item_bias = pairs[:, :, bias]
     bias_grads = grads[:, :, bias]
     row, column = p.unsqueeze(1), q.unsqueeze(2)
     product = pairs.new_empty(len(p), 1, 1)
     dot = product[:, 0] if head.n_outputs > 1 else product[:, 0, 0]  # (B, 1) or (B,)
+    grad, losses = head.in_turn(ratings)
 
-    def loss_and_grad_(ratings: Tensor) -> Tensor:
+    def compute_() -> None:
         torch.bmm(row, column, out=product)  # the fastest of torch's ways to dot products of rows
-        loss, dz = head.loss_and_grad(torch.add(user_bias, dot).add_(item_bias), ratings)
-        slope = _sum_outputs(dz)
-        torch.mul(q, slope, out=dp)
-        torch.mul(p, slope, out=dq)
+        dz = grad(torch.add(user_bias, dot).add_(item_bias))
+        torch.mul(pairs, _sum_outputs(dz), out=grads)
         bias_grads.copy_(dz)
-        return loss
 
-    return loss_and_grad_
+    return compute_, losses
 
 
 def fill_unseen(params: Params, seen_users: Tensor, seen_items: Tensor) -> Params:

@@ -14,6 +14,7 @@
 import math
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -242,16 +243,16 @@ def plan_course(
 
 def _look_back(ratio: Tensor, c: Tensor, is_start: Tensor) -> tuple[Tensor, Tensor]:
     """R of each step and of the next, by `R = ratio (c + R of the next)`, 0 at each end."""
-    before, after = [], []
-    flight = [0.0] * ratio.shape[1]
-    rows = zip(ratio.tolist(), c[:, 0].tolist(), is_start.tolist(), strict=True)
-    for ratios, length, starts in reversed(list(rows)):
-        after.append(flight)
-        flight = [r * (length + f) for r, f in zip(ratios, flight, strict=True)]
-        before.append(flight)
-        if starts:
-            flight = [0.0] * len(flight)
-    return tuple(torch.tensor(f[::-1], dtype=torch.float64) for f in (before, after))
+    is_end = is_start.roll(-1).unsqueeze(1)
+    slope = ratio.masked_fill(is_end, 0.0)
+    before = []
+    for column, line in zip((ratio * c).T.tolist(), slope.T.tolist(), strict=True):
+        pairs = zip(reversed(column), reversed(line), strict=True)
+        before.append(
+            [*accumulate(pairs, lambda R, pair: pair[0] + pair[1] * R, initial=0.0)][:0:-1]
+        )
+    before = torch.tensor(before, dtype=torch.float64).T
+    return before, before.roll(-1, 0).masked_fill(is_end, 0.0)
 
 
 class RowOptimizer(NamedTuple):

@@ -252,11 +252,12 @@ def fit_rows(
 
     Of `columns`, each (N,), the last is what is learnt, such as ratings, the others are rows of the
     table once their offset is added: users and items with `offsets=(0, n_users)`.
-    `loss_and_grad_(rows, grads)`, two tensors (len(offsets), B, C), returns a function of the
-    last column's batch that gives the mean loss of what is in `rows` and writes its gradient to
-    `grads`. `optimizer` is as `schedule.sparse_adamw` returns it. Batches are those of `fit`, an
-    epoch's `params` are the whole table as of its end. Memory beside table and columns is bounded
-    by `block` ratings at a time.
+    `loss_and_grad_(rows, grads, targets)` is given two tensors (S, B, C), S = len(offsets), and the
+    last column of some batches, (n, B). It returns two functions: one that for each batch in turn
+    reads `rows` and writes the gradient of the mean loss in `rows[s]` to `grads[S - 1 - s]`, and
+    one that gives the mean losses (n,) after the last. `optimizer` is as `schedule.sparse_adamw`
+    returns it. Batches are those of `fit`, an epoch's `params` are the whole table as of its end.
+    Memory beside table and columns is bounded by `block` ratings at a time.
     """
     n_rows = _count_rows(columns)
     n_batches = count_batches(n_rows, batch_size, drop_last=drop_last)
@@ -292,18 +293,18 @@ def _run_(state, since, step, rows, targets, steps_, loss_and_grad_) -> Tensor:
     """Do one step for each line of `rows` (n, S, B) and `targets` (n, B). Returns their losses."""
     n, n_sides, size = rows.shape
     rows, since_then, slots, order, starts = _list_rows(rows.view(n, -1), since, step)
+    order = order + size * (n_sides - 1 - order // size * 2)  # the sides of grads are reversed
     pairs, pair_grads = state.new_zeros(2, n_sides, size, state.shape[2]).unbind()
-    compute_ = loss_and_grad_(pairs, pair_grads)
+    compute_, losses = loss_and_grad_(pairs, pair_grads, targets)
     pairs, pair_grads = pairs.view(n_sides * size, -1), pair_grads.view(n_sides * size, -1)
     steps = steps_(state, rows, since_then, step)
-    values, losses = next(steps), []
-    lists = (t.unbind() for t in (slots, order, starts, targets))
-    for slot, places, start, target in zip(*lists, strict=True):
+    values = next(steps)
+    for slot, places, start in zip(slots.unbind(), order.unbind(), starts.unbind(), strict=True):
         torch.index_select(values, 0, slot, out=pairs)
-        losses.append(compute_(target))
+        compute_()
         # A row's gradient is the sum over its pairs; in half the time of index_add_.
         values = steps.send(torch.embedding_bag(pair_grads, places, start)[0])
-    return torch.stack(losses)
+    return losses()
 
 
 def _list_rows(rows: Tensor, since: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
