@@ -157,16 +157,17 @@ class Job(NamedTuple):
     head: tuple  # what `choose_head` returns
     options: dict
     seed: int
+    n_processes: int
 
 
-def make_job(task, *, options, seed):
+def make_job(task, *, options, seed, n_processes=1):
     """The `Job` of training on all of the task's ratings with `options`, a recipe's dict."""
     sizes = len(task.ids.users), len(task.ids.items)
     if task.features is not None:
         sizes = tuple(len(side[0]) - 1 for side in task.features[2:])
     ratings = task.train[2]
     head = choose_head(ratings, options)
-    return Job(task.train, len(ratings), task.features, sizes, head, options, seed)
+    return Job(task.train, len(ratings), task.features, sizes, head, options, seed, n_processes)
 
 
 def deal_job(job):
@@ -192,25 +193,20 @@ def fit(task, *, options, seed, n_processes=1):
     of the epoch's figures: epoch, train_loss, mse, rmse, mae, seconds (training), evaluate_seconds.
     With more than one process, this is the first, and the others call `follow`.
     """
-    import torch
-
-    import model
     import train
 
     ratings = task.train[2]
     clip = ratings.min(), ratings.max()
-    job = make_job(task, options=options, seed=seed)
+    job = make_job(task, options=options, seed=seed, n_processes=n_processes)
     head = make_head(*job.head)
     if n_processes > 1:
         job = deal_job(job)
     start = time.perf_counter()  # what is worked out before the first step counts too
-    for epochs in fit_members(job, n_processes):
+    for epochs in fit_members(job):
         trained = time.perf_counter()
         tables = [to_rows(epoch.params, task) for epoch in epochs]
         errors = train.evaluate(
-            lambda *rows, tables=tables: torch.stack(
-                [model.predict(table, *rows, head=head) for table in tables]
-            ).mean(0),
+            lambda *rows, tables=tables: predict_each(tables, *rows, head=head).mean(0),
             *task.test,
             clip=clip,
         )
@@ -227,16 +223,16 @@ def fit(task, *, options, seed, n_processes=1):
         start = time.perf_counter()
 
 
-def follow(n_processes, threads):
+def follow(threads):
     """What a process other than the first does for `fit`: train on the share that it is given."""
     import torch
 
     torch.set_num_threads(threads)
-    for _ in fit_members(deal_job(None), n_processes):
+    for _ in fit_members(deal_job(None)):
         pass
 
 
-def fit_members(job, n_processes=1):
+def fit_members(job):
     """Train the ensemble's models side by side; yields a tuple of their `train.Epoch`s."""
     import torch
 
@@ -253,12 +249,12 @@ def fit_members(job, n_processes=1):
             n_outputs=head.n_outputs,
             generator=generator,
         )
-        return train_params(params, job, head=head, generator=generator, n_processes=n_processes)
+        return train_params(params, job, head=head, generator=generator)
 
     return zip(*map(member, range(job.options["ensemble"])), strict=True)
 
 
-def train_params(params, job, *, head, generator, n_processes):
+def train_params(params, job, *, head, generator):
     """Train on the job's ratings by the faster of two ways to the same numbers; yields epochs.
 
     Several processes always take the step on all rows, of which the numbers of the step on the
@@ -280,7 +276,7 @@ def train_params(params, job, *, head, generator, n_processes):
     )
     n_steps = options["epochs"] * n_batches
     pace = schedule.one_cycle(n_steps, lr_max=options["lr_max"])
-    is_alone = n_processes == 1
+    is_alone = job.n_processes == 1
     is_plain = job.features is None and not options["dropout"]
     if is_alone and is_plain and is_sparse_faster(params, options, n_steps):
         return train_rows(params, job, head=head, pace=pace, n_steps=n_steps, **common)
@@ -344,8 +340,6 @@ def to_rows(params, task):
 
     if task.features is not None:
         params = model.embed(params, task.features)
-    if all(seen.all() for seen in task.seen):
-        return params
     return model.fill_unseen(params, *task.seen)
 
 
@@ -354,12 +348,17 @@ def predict(members, *rows, head):
 
     The deviation says how much the models of the ensemble disagree; it is 0 for a single one.
     """
+    predictions = predict_each(members, *rows, head=head)
+    return predictions.mean(0), predictions.std(0, correction=0)
+
+
+def predict_each(members, *rows, head):
+    """The predictions of each member, along the first dimension."""
     import torch
 
     import model
 
-    predictions = torch.stack([model.predict(params, *rows, head=head) for params in members])
-    return predictions.mean(0), predictions.std(0, correction=0)
+    return torch.stack([model.predict(params, *rows, head=head) for params in members])
 
 
 def cut(ratings, split, *, seed, holdout=None):
@@ -552,8 +551,8 @@ def scale_decay(recipe, given, *, n_rows):
     """The recipe's decays, but for those given, for `n_rows` users and items of other data.
 
     A row is in fewer of the batches the more rows there are, and decays at every step: a decay that
-    goes with 1 / n_rows takes the same share off it between two of them. None
-    is above the recipe's.
+    goes with 1 / n_rows takes the same share off it between two of them. None is above the
+    recipe's.
     """
     scale = min(ML_100K_ROWS / n_rows, 1.0)
     names = [name for name in ("weight_decay", "bias_decay") if given[name] is None]
@@ -607,7 +606,7 @@ def train_command(
         join_processes()
     started = time.perf_counter()
     if rank > 0:
-        return follow(n_processes, threads)
+        return follow(threads)
     ratings, *about = start(threads, dataset, source, data_dir, (save, metrics))
     is_given = given["features"] is not None
     options["features"] = choose_features(options["features"], ratings, *about, is_given=is_given)

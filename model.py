@@ -82,6 +82,8 @@ def bounded(low: float, high: float) -> Head:
 
     def in_turn(ratings: Tensor) -> tuple[Callable, Callable]:
         n_ratings = ratings.shape[1]
+        # An error, (high - low) s + low - rating, times 2 (high - low) / B: all but the s of it is
+        # known before. Times s (1 - s) it is d loss / dz.
         scale = 2 * span**2 / n_ratings
         errors = (low - ratings) * (scale / span)
         rows = iter(errors.unbind())
@@ -199,8 +201,8 @@ def loss_and_grad(
     if not users.shape == items.shape == ratings.shape or users.dim() != 1 or not len(users):
         shapes = ", ".join(str(tuple(t.shape)) for t in (users, items, ratings))
         raise ValueError(f"users, items and ratings must be (B,), not {shapes}")
-    p, q = params.user_factors[users], params.item_factors[items]  # (B, K)
-    user_bias = params.user_bias[users]  # (B,) or (B, Q)
+    p, q = _rows(params.user_factors, users), _rows(params.item_factors, items)  # (B, K)
+    user_bias = _rows(params.user_bias, users)  # (B,) or (B, Q)
     if context is not None:
         n_context = context.shape[1]
         p = p + context @ params.user_factors[-n_context:]
@@ -211,7 +213,7 @@ def loss_and_grad(
         kept = draw.ge_(dropout).div_(1 - dropout)
         q = q * kept
     dot = (p * q).sum(1, keepdim=head.n_outputs > 1)
-    loss, dz = head.loss_and_grad(dot + user_bias + params.item_bias[items], ratings)
+    loss, dz = head.loss_and_grad(dot + user_bias + _rows(params.item_bias, items), ratings)
     column = _sum_outputs(dz)
     dp, dq = q * column, p * column
     if dropout:

@@ -1,5 +1,7 @@
 """One-cycle learning rate and momentum, decoupled weight decay and Adam, written by hand.
 
+`adamw` moves whole tables; `sparse_adamw`, to the same numbers, the rows of a batch alone.
+
 >>> import torch
 >>> from schedule import adamw, one_cycle
 >>> target, param = torch.tensor([1.0, 2.0]), torch.zeros(2)

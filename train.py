@@ -1,5 +1,8 @@
 """The training loop, a generator that yields after each epoch, and evaluation in one pass.
 
+`fit` is the loop. `fit_rows` is the same for large tables, by an optimizer of rows; `fit_parallel`
+for several processes. The three draw the same batches and yield the same epochs.
+
 >>> import torch
 >>> from train import evaluate, fit
 >>> rows, ratings = torch.arange(8), torch.full((8,), 3.0)
@@ -64,6 +67,19 @@ def _count_rows(columns: Sequence[Tensor]) -> int:
     return counts[0]
 
 
+def _copy(params: Sequence[Tensor]) -> Sequence[Tensor]:
+    tables = [param.clone() for param in params]
+    return type(params)(*tables) if hasattr(params, "_fields") else tables
+
+
+def _end_epoch(epoch: int, params, total: Tensor, n_ratings: int, start: float) -> Epoch:
+    """What an epoch begun at `start` yields. ValueError if the sum of its losses is not finite."""
+    train_loss = total.item() / n_ratings
+    if not math.isfinite(train_loss):
+        raise ValueError(f"the loss is {train_loss} in epoch {epoch}: try a smaller lr")
+    return Epoch(epoch, params, train_loss, time.perf_counter() - start)
+
+
 def fit(
     params: Sequence[Tensor],
     *columns: Tensor,
@@ -85,8 +101,7 @@ def fit(
     """
     n_rows = _count_rows(columns)
     n_batches = count_batches(n_rows, batch_size, drop_last=drop_last)
-    tables = [param.clone() for param in params]
-    params = type(params)(*tables) if hasattr(params, "_fields") else tables
+    params = _copy(params)
     init, update_ = optimizer
     state, step = init(params), 0
     for epoch in range(1, n_epochs + 1):
@@ -100,10 +115,7 @@ def fit(
             # Read once an epoch: .item() here would be one more call a step.
             total += loss * len(batch[0])
             step += 1
-        train_loss = total.item() / len(order)
-        if not math.isfinite(train_loss):
-            raise ValueError(f"the loss is {train_loss} in epoch {epoch}: try a smaller lr")
-        yield Epoch(epoch, params, train_loss, time.perf_counter() - start)
+        yield _end_epoch(epoch, params, total, len(order), start)
 
 
 def fit_parallel(
@@ -138,10 +150,9 @@ def fit_parallel(
         raise ValueError(f"{n_rows} ratings are too few for {size} processes")
     if (n_held := _count_rows(columns)) != len(range(rank, n_rows, size)):
         raise ValueError(f"{n_held} of {n_rows} rows are no share of process {rank} of {size}")
-    tables = [param.clone() for param in params]
-    params = type(params)(*tables) if hasattr(params, "_fields") else tables
+    params = _copy(params)
     init, update_ = optimizer
-    state, step, average = init(params), 0, _make_average(tables)
+    state, step, average = init(params), 0, _make_average(params)
     for epoch in range(1, n_epochs + 1):
         start = time.perf_counter()
         order = torch.randperm(n_rows, generator=generator)[: n_batches * batch_size]
@@ -155,10 +166,7 @@ def fit_parallel(
             update_(params, grads, state, step)
             total += loss * n
             step += 1
-        train_loss = total.item() / len(order)
-        if not math.isfinite(train_loss):
-            raise ValueError(f"the loss is {train_loss} in epoch {epoch}: try a smaller lr")
-        yield Epoch(epoch, params, train_loss, time.perf_counter() - start)
+        yield _end_epoch(epoch, params, total, len(order), start)
 
 
 def _make_average(tables: Sequence[Tensor]) -> Callable:
@@ -281,11 +289,7 @@ def fit_rows(
             step += last - first
             if step in rests:
                 rest_(state, since[:-1], step)
-        train_loss = total.item() / len(order)
-        if not math.isfinite(train_loss):
-            raise ValueError(f"the loss is {train_loss} in epoch {epoch}: try a smaller lr")
-        params = wake(state, since[:-1], step)
-        yield Epoch(epoch, params, train_loss, time.perf_counter() - start)
+        yield _end_epoch(epoch, wake(state, since[:-1], step), total, len(order), start)
 
 
 @torch.inference_mode()  # a tenth less of a step; nothing here is differentiated
@@ -307,12 +311,14 @@ def _run_(state, since, step, rows, targets, steps_, loss_and_grad_) -> Tensor:
     return losses()
 
 
-def _list_rows(rows: Tensor, since: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+def _list_rows(rows: Tensor, since: Tensor, step: int) -> tuple[Tensor, ...]:
     """What the batches of `rows` (n, S), each a step, need to read each of their rows once.
 
     Returns the distinct rows of each batch (n, m), filled up with the last row of all; the step
-    in which each was last in a batch (n, m); and the place of each of `rows` among the distinct
-    (n, S). `since` has that step for all rows, before `step`, and is brought up to date.
+    in which each was last in a batch (n, m); the place of each of `rows` among the distinct (n, S);
+    and the other way round the places of each distinct row, one after another (n, S), and where
+    among these each begins (n, m). `since` has the last step of all rows, before `step`, and is
+    brought up to date.
     """
     n, size = rows.shape
     count = torch.arange(n * size)

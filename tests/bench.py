@@ -92,11 +92,8 @@ class Notebook(torch.nn.Module):
 
     def __init__(self, n_users, n_items, n_factors=40):
         super().__init__()
-        self.p, self.q = (
-            torch.nn.Embedding(n_users, n_factors),
-            torch.nn.Embedding(n_items, n_factors),
-        )
-        self.b, self.c = torch.nn.Embedding(n_users, 1), torch.nn.Embedding(n_items, 1)
+        self.p, self.b = (torch.nn.Embedding(n_users, k) for k in (n_factors, 1))
+        self.q, self.c = (torch.nn.Embedding(n_items, k) for k in (n_factors, 1))
 
     def forward(self, users, items):
         dot = (self.p(users) * self.q(items)).sum(1)
@@ -196,7 +193,7 @@ def compare_peers(task, frames, folder, venvs, repeats):
     torch.set_num_threads(1)
     path = data.get_ml_100k()
     peers.write_task(folder, *frames, data.read_users(path), data.read_items(path))
-    names = [name for name in PEERS if peers.is_installed(venvs / name, name)]
+    ready = peers.prepare(PEERS, venvs, is_install=False)
     seeds = itertools.count()
     ours = {
         "ours, fastai's settings": partial(our_loop, task, FASTAI),
@@ -205,8 +202,8 @@ def compare_peers(task, frames, folder, venvs, repeats):
     }
     seconds = {}
     for _ in range(repeats):
-        for name in names:
-            for row in peers.run_peer(name, venvs / name, "ua", folder, *frames):
+        for name, venv in ready.items():
+            for row in peers.run_peer(name, venv, "ua", folder, *frames):
                 seconds.setdefault(row["system"], []).append(row["seconds"])
         for name, measure in ours.items():
             seconds.setdefault(name, []).append(measure())
@@ -252,7 +249,7 @@ def train_child(path, folder, *options):
 
 def compare_loading(path, venvs, repeats):
     """CSV to tensors, split and index included, beside pandas.read_csv alone, each a process."""
-    code = "import sys, time; sys.path[:0] = sys.argv[1:3]; import bench; from pathlib import Path;"
+    code = "import sys; sys.path[:0] = sys.argv[1:3]; import bench; from pathlib import Path;"
     code += "print(bench.timed(bench.load, Path(sys.argv[3]), 'random'))"
     places = ROOT, ROOT / "tests", path
     pandas = [venvs / name / "bin" / "python" for name in ("lenskit", "fastai")]
@@ -393,10 +390,8 @@ def main(is_scale, sizes, repeats, folder, venvs, metrics):
     """Measure and print."""
     if metrics is not None:
         data.check_writable(metrics)
-    kept, venvs = (
-        folder or data.default_data_dir() / "scale",
-        venvs or data.default_data_dir() / "peers",
-    )
+    kept = folder or data.default_data_dir() / "scale"
+    venvs = venvs or data.default_data_dir() / "peers"
     click.echo(f"torch {torch.__version__}, {os.cpu_count()} cores; seconds of whole loops")
     with tempfile.TemporaryDirectory() as scratch:
         if is_scale:

@@ -78,3 +78,15 @@ def test_an_error_that_is_not_reached(ua):
     assert bench.time_to(task, 2.0, Seeds()) > 0
     with pytest.raises(ValueError, match=r"ends at 0\.8\d+, above 0\.1"):
         bench.time_to(task, 0.1, Seeds())
+
+
+def test_both_ways_of_fastais_settings_are_measured(ua, capsys):
+    part, test, ids = ua
+    few = tuple(column[:1000] for column in part)
+    task = bench.collab.Task(few, test, ids, bench.data.find_seen(part, ids), None)
+    seconds = bench.compare_loops(task, 1, 2)
+    ways, evaluation = list(seconds)[:2], list(seconds)[2:]
+    assert [name.split(", ")[1] for name in ways] == ["the notebook's way", "ours"]
+    assert [len(seconds[name]) for name in ways] == [2, 2]
+    assert evaluation == ["evaluation, 9,430 rows, threads 1"]
+    assert len(capsys.readouterr().out.splitlines()) == 3

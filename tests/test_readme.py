@@ -40,7 +40,7 @@ def numbers(text):
 
 
 def test_the_commands_are_known():
-    """Below or in .ci/run each is run, those that take minutes in a short form."""
+    """Here, in .ci/run, test_collab.py or test_bench.py each is run, long ones in a short form."""
     assert COMMANDS == [
         "pip install -r requirements.txt && python collab.py train",
         "pip install -r tests/requirements.txt && python -m pytest",
