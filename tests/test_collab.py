@@ -347,20 +347,20 @@ def test_best_in_short(run, tmp_path):
 
 
 @pytest.mark.usefixtures("ml_100k")
-def test_the_unseen_are_counted_and_said(run):
-    done = run("train", "--epochs", 1, "--batch-size", 5000)
+def test_the_unseen_are_counted_and_said(main):
+    done = main("train", "--epochs", 1, "--batch-size", 5000)
     assert UNSEEN in done.stderr
     assert "nan" not in done.stdout
-    done = run("train", "--features", "id,side", "--epochs", 1, "--batch-size", 5000)
+    done = main("train", "--features", "id,side", "--epochs", 1, "--batch-size", 5000)
     assert UNSEEN.replace("as average", "by their features") in done.stderr
-    done = run("cross-validate", "--splits", "ua", "--epochs", 1, "--batch-size", 5000)
+    done = main("cross-validate", "--splits", "ua", "--epochs", 1, "--batch-size", 5000)
     assert f"ua: {UNSEEN}" in done.stderr
 
 
 @pytest.mark.usefixtures("ml_100k")
-def test_cross_validation(run, tmp_path):
+def test_cross_validation(main, tmp_path):
     short = ("--epochs", 1, "--batch-size", 2048, "--metrics", "m.json")
-    done = run("cross-validate", "--splits", "u2,u4", *short)
+    done = main("cross-validate", "--splits", "u2,u4", *short)
     assert done.returncode == 0, done.stderr
     header, *lines, last = done.stdout.splitlines()
     assert header.split() == ["fold", "|", "test_rmse", "|", "test_mae", "|", "time"]
@@ -375,12 +375,12 @@ def test_cross_validation(run, tmp_path):
         assert f"{fold['rmse']:.4f}" in line
     # A fold is what `train` gives on the split, side information and all.
     short = (*short[:4], "--features", "id,side", "--metrics", "m.json")
-    assert run("cross-validate", "--splits", "u2", *short).returncode == 0
+    assert main("cross-validate", "--splits", "u2", *short).returncode == 0
     fold = read_json(tmp_path / "m.json")["folds"][0]
-    assert run("train", "--split", "u2", *short).returncode == 0
+    assert main("train", "--split", "u2", *short).returncode == 0
     assert fold["mse"] == read_json(tmp_path / "m.json")["mse"]
 
-    done = run("cross-validate", "--folds", 3, "--seed", 5, *short)
+    done = main("cross-validate", "--folds", 3, "--seed", 5, *short)
     assert done.returncode == 0, done.stderr
     figures = read_json(tmp_path / "m.json")
     assert [fold["fold"] for fold in figures["folds"]] == ["1/3", "2/3", "3/3"]
@@ -600,9 +600,12 @@ def main(monkeypatch, capsys, tmp_path):
     def main(*arguments):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["collab.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
+        status = 0
+        try:
             collab.main()
-        return subprocess.CompletedProcess(arguments, caught.value.code, *capsys.readouterr())
+        except SystemExit as ended:
+            status = ended.code
+        return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
 
     return main
 
