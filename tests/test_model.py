@@ -294,3 +294,75 @@ def test_the_parts_of_a_batch_have_its_dropout(batch, head, loss):
     assert total.item() == pytest.approx(whole.item(), rel=1e-12)
     for summed, grad in zip(sums, grads, strict=True):
         torch.testing.assert_close(summed, grad, rtol=0, atol=1e-12)
+
+
+def rated(head, n=12, seed=0):
+    """Items of three factors, ratings of them, and a prior, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs = () if head.n_outputs == 1 else (head.n_outputs,)
+    q = torch.randn(n, 3, generator=generator, dtype=torch.float64)
+    bias = torch.randn(n, *outputs, generator=generator, dtype=torch.float64)
+    ratings = torch.randint(1, 6, (n,), generator=generator).double()
+    rows = torch.randn(7, 3 + head.n_outputs, generator=generator, dtype=torch.float64)
+    return q, bias, ratings, model.find_prior(rows[:, :3], rows[:, 3:].squeeze(1))
+
+
+@pytest.mark.parametrize(("head", "noise"), [(HEAD, 0.6), (HEAD, 3.0), (ORDINAL, 1.0)])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_folded_in_user_is_where_the_posterior_is_flat(head, noise, seed):
+    """By autograd, of the objective that the docstring states, from the losses in training."""
+    q, bias, ratings, prior = rated(head, seed=seed)
+    p, b = model.fold_in(q, bias, ratings, prior=prior, head=head, noise=noise)
+    x = torch.cat([p, b.reshape(-1)]).requires_grad_()
+    z = (q @ x[:3]).reshape(len(q), *[1] * (bias.dim() - 1))
+    z = z + (x[3:] if bias.dim() > 1 else x[3]) + bias
+    n_halves = 2 if head is HEAD else 1  # a Gaussian's is half the squared error
+    nll = head.loss_and_grad(z, ratings)[0] * len(ratings) / n_halves
+    posterior = nll / noise + ((x - prior.mean).square() / prior.variance).sum() / 2
+    (slope,) = torch.autograd.grad(posterior, x)
+    assert slope.abs().max() < 1e-4
+    elsewhere = model.fold_in(q, bias, ratings.flip(0), prior=prior, head=head, noise=noise)[0]
+    assert not torch.allclose(p, elsewhere)
+
+
+def test_a_fold_in_recovers_the_user_who_gave_the_ratings(params):
+    user = 3
+    items = torch.arange(9)
+    ratings = model.predict(params, torch.full((9,), user), items, head=HEAD)
+    wide = model.Prior(torch.zeros(4, dtype=torch.float64), torch.full((4,), 1e8).double())
+    p, b = model.fold_in(params.item_factors, params.item_bias, ratings, prior=wide, head=HEAD)
+    assert torch.allclose(p, params.user_factors[user], atol=1e-5)
+    assert b.item() == pytest.approx(params.user_bias[user].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("head", [HEAD, ORDINAL])
+def test_a_user_without_ratings_is_the_average_one(head):
+    q, bias, ratings, prior = rated(head)
+    p, b = model.fold_in(q[:0], bias[:0], ratings[:0], prior=prior, head=head)
+    assert torch.equal(torch.cat([p, b.reshape(-1)]), prior.mean)
+
+
+def test_the_prior_by_hand():
+    factors, bias = torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([1.0, -1.0])
+    prior = model.find_prior(factors, bias)
+    assert prior.mean.tolist() == [2, 0, 0]
+    wide = model.PRIOR_WIDTH
+    assert prior.variance.tolist() == pytest.approx([wide * 0.5, wide * 0.5, wide * 1.0])
+
+
+def test_similar_is_the_mean_cosine():
+    first = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0], [0.0, 0.0]])
+    second = torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 1.0], [1.0, 0.0]])
+    assert model.find_similar([first], 0).tolist() == [1, 1, 0, 0]
+    expected = [1, 0.5, 0.5, 0.5**0.5 / 2]
+    assert model.find_similar([first, second], 0).tolist() == pytest.approx(expected)
+
+
+def test_components_are_those_of_the_singular_value_decomposition():
+    members = [torch.randn(50, 4, generator=torch.Generator().manual_seed(n)) for n in (1, 2)]
+    rows = torch.cat(members, 1).double()
+    u, s, _ = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    places, expected = model.find_components(members), u[:, :2] * s[:2]
+    assert torch.allclose(places.abs(), expected.abs())
+    assert places.shape == (50, 2)
+    assert (places.max(0).values > -places.min(0).values).all()
