@@ -32,12 +32,17 @@ from torch import Tensor
 
 
 class Epoch(NamedTuple):
-    """What `fit` yields. `params` goes on changing in the next epoch: clone what you keep."""
+    """What `fit` yields. The tensors go on changing in the next epoch: save or clone what you keep.
+
+    `state` is what `resume` needs to go on after this epoch to the same bits, beside the arguments
+    of the first call: a plain tuple, which `torch.save` writes and `torch.load` reads.
+    """
 
     epoch: int  # 1-based
     params: Sequence[Tensor]
     train_loss: float  # mean over the epoch's ratings of the loss before each step
     seconds: float  # of this epoch's training alone
+    state: tuple[Tensor, ...]  # tables, the optimizer's tensors, the generator's state
 
 
 class Errors(NamedTuple):
@@ -72,12 +77,47 @@ def _copy(params: Sequence[Tensor]) -> Sequence[Tensor]:
     return type(params)(*tables) if hasattr(params, "_fields") else tables
 
 
-def _end_epoch(epoch: int, params, total: Tensor, n_ratings: int, start: float) -> Epoch:
-    """What an epoch begun at `start` yields. ValueError if the sum of its losses is not finite."""
-    train_loss = total.item() / n_ratings
+def _end_epoch(epoch: int, params, loss: Tensor, start: float, tree, generator) -> Epoch:
+    """What an epoch begun at `start` yields, `tree` its state. ValueError for no finite `loss`."""
+    train_loss = loss.item()
     if not math.isfinite(train_loss):
         raise ValueError(f"the loss is {train_loss} in epoch {epoch}: try a smaller lr")
-    return Epoch(epoch, params, train_loss, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    state = (*_find_tensors(tree), generator.get_state())
+    return Epoch(epoch, params, train_loss, seconds, state)
+
+
+def _find_tensors(tree) -> list[Tensor]:
+    """All tensors in sequences and dicts of such, None for no tensor. ValueError for any other."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if not isinstance(tree, Sequence | dict | None) or isinstance(tree, str):
+        raise ValueError(f"the optimizer's state has {tree!r}, which is no tensor")
+    branches = tree.values() if isinstance(tree, dict) else tree or ()
+    return [tensor for branch in branches for tensor in _find_tensors(branch)]
+
+
+def _resume_(tree, generator: torch.Generator, resume: tuple | None, n_epochs: int) -> int:
+    """Copy the state in `resume` into the tensors of `tree` and `generator`; returns epochs done.
+
+    ValueError for more epochs than `n_epochs`, and for a tensor that is missing or does not fit.
+    """
+    tensors = [*_find_tensors(tree), generator.get_state()]
+    if resume is None:
+        return 0
+    n_done, state = resume
+    if not 0 <= n_done <= n_epochs:
+        raise ValueError(f"cannot resume after {n_done} of {n_epochs} epochs")
+    if len(state) != len(tensors):
+        raise ValueError(f"the state to resume from has {len(state)} tensors, not {len(tensors)}")
+    for number, pair in enumerate(zip(state, tensors, strict=True)):
+        saved, own = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in pair)
+        if saved != own:
+            raise ValueError(f"tensor {number} of the state to resume from is {saved}, not {own}")
+    for saved, own in zip(state, tensors[:-1], strict=False):
+        own.copy_(saved)
+    generator.set_state(state[-1])
+    return n_done
 
 
 def fit(
@@ -89,22 +129,32 @@ def fit(
     batch_size: int,
     generator: torch.Generator,
     drop_last: bool = False,
+    resume: tuple[int, Sequence[Tensor]] | None = None,
 ) -> Iterator[Epoch]:
     """Train on `columns`, such as users, items and ratings, each (N, ...), yielding each epoch.
 
     An epoch is one permutation of the N rows, drawn from `generator`, cut into batches;
     `drop_last` leaves out an incomplete last one. `loss_and_grad(params, *batch)` returns the
     batch's mean loss and the gradient of each of `params`. `optimizer` is two
-    functions: `init(params)` makes its state, `update_(params, grads, state, step)` changes both.
-    The caller's `params`, a NamedTuple or a list, stay as they are. Errors come at the first
-    `next`: ValueError for columns of different length, or when the loss is no longer finite.
+    functions: `init(params)` makes its state, of tensors in lists, tuples or dicts, or None;
+    `update_(params, grads, state, step)` changes both. The caller's `params`, a NamedTuple or a
+    list, stay as they are.
+
+    `resume = (epochs done, state)`, the `state` of that `Epoch`, goes on with the next epoch, all
+    else as in the first call: of `params` the shapes alone count, `generator` is set. The epochs
+    then have the bits of a training that went through; once all are done, none is left to yield.
+
+    Errors come at the first `next`: ValueError for columns of different length, a state that does
+    not fit, or when the loss is no longer finite.
     """
     n_rows = _count_rows(columns)
     n_batches = count_batches(n_rows, batch_size, drop_last=drop_last)
     params = _copy(params)
     init, update_ = optimizer
-    state, step = init(params), 0
-    for epoch in range(1, n_epochs + 1):
+    state = init(params)
+    n_done = _resume_((params, state), generator, resume, n_epochs)
+    step = n_done * n_batches
+    for epoch in range(n_done + 1, n_epochs + 1):
         start = time.perf_counter()
         order = torch.randperm(n_rows, generator=generator)[: n_batches * batch_size]
         shuffled = (column[order].split(batch_size) for column in columns)
@@ -115,7 +165,7 @@ def fit(
             # Read once an epoch: .item() here would be one more call a step.
             total += loss * len(batch[0])
             step += 1
-        yield _end_epoch(epoch, params, total, len(order), start)
+        yield _end_epoch(epoch, params, total / len(order), start, (params, state), generator)
 
 
 def fit_parallel(
@@ -128,14 +178,16 @@ def fit_parallel(
     batch_size: int,
     generator: torch.Generator,
     drop_last: bool = False,
+    resume: tuple[int, Sequence[Tensor]] | None = None,
 ) -> Iterator[Epoch]:
     """`fit` by all processes of `torch.distributed` at once, each with its share of the columns.
 
     Of `n_rows` rows, process r of R holds r, r + R, r + 2R ..., as `deal` hands them out. Batches
     are those of `fit`: every process draws the same permutation, computes on the rows it holds of a
     batch, weighs its means by their share of the batch, and gets the sum of all processes' loss and
-    gradients from one `all_reduce` a step. So `params` and the state of `generator` must be the
-    same in all, and each yields the epochs of `fit`, but for the rounding of sums in another order.
+    gradients from one `all_reduce` a step. So `params`, `resume` and the state of `generator` must
+    be the same in all, and each yields the epochs of `fit`, but for the rounding of sums in another
+    order; the bits are the same for the same number of processes.
     `loss_and_grad` is called as by `fit` and with `rand`, to be used in place of `torch.rand` for
     random numbers of each row. The gradients that `update_` gets are overwritten in the next step.
     Source: Goyal et al. 2017, "Accurate, large minibatch SGD", remark 3 (means are of the whole
@@ -152,8 +204,10 @@ def fit_parallel(
         raise ValueError(f"{n_held} of {n_rows} rows are no share of process {rank} of {size}")
     params = _copy(params)
     init, update_ = optimizer
-    state, step, average = init(params), 0, _make_average(params)
-    for epoch in range(1, n_epochs + 1):
+    state, average = init(params), _make_average(params)
+    n_done = _resume_((params, state), generator, resume, n_epochs)
+    step = n_done * n_batches
+    for epoch in range(n_done + 1, n_epochs + 1):
         start = time.perf_counter()
         order = torch.randperm(n_rows, generator=generator)[: n_batches * batch_size]
         rows, places, sizes, totals, weights = _find_parts(order, batch_size, rank, size)
@@ -166,7 +220,7 @@ def fit_parallel(
             update_(params, grads, state, step)
             total += loss * n
             step += 1
-        yield _end_epoch(epoch, params, total, len(order), start)
+        yield _end_epoch(epoch, params, total / len(order), start, (params, state), generator)
 
 
 def _make_average(tables: Sequence[Tensor]) -> Callable:
@@ -255,6 +309,7 @@ def fit_rows(
     generator: torch.Generator,
     drop_last: bool = False,
     block: int = 1 << 17,
+    resume: tuple[int, Sequence[Tensor]] | None = None,
 ) -> Iterator[Epoch]:
     """`fit` for one large `table` (R, C), of which a step reads and writes the rows in its batch.
 
@@ -270,8 +325,10 @@ def fit_rows(
     n_rows = _count_rows(columns)
     n_batches = count_batches(n_rows, batch_size, drop_last=drop_last)
     init, steps_, wake, rest_, rests = optimizer
-    state, since, step = init(table), torch.full((len(table) + 1,), -1), 0
-    for epoch in range(1, n_epochs + 1):
+    state, since = init(table), torch.full((len(table) + 1,), -1)
+    n_done = _resume_((state, since), generator, resume, n_epochs)
+    step = n_done * n_batches
+    for epoch in range(n_done + 1, n_epochs + 1):
         start = time.perf_counter()
         order = torch.randperm(n_rows, generator=generator)[: n_batches * batch_size]
         whole = max(len(order) // batch_size, 1)
@@ -289,7 +346,8 @@ def fit_rows(
             step += last - first
             if step in rests:
                 rest_(state, since[:-1], step)
-        yield _end_epoch(epoch, wake(state, since[:-1], step), total, len(order), start)
+        params = wake(state, since[:-1], step)
+        yield _end_epoch(epoch, params, total / len(order), start, (state, since), generator)
 
 
 @torch.inference_mode()  # a tenth less of a step; nothing here is differentiated

@@ -1,6 +1,8 @@
+import io
 import math
 import multiprocessing
 import os
+import re
 from functools import partial
 
 import numpy
@@ -259,6 +261,139 @@ def test_fit_rows_takes_what_fit_takes():
         list(fit(4, value=math.nan))
 
 
+def saved_and_loaded(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def record(epochs):
+    """Number, loss, parameters and state of each epoch, as of its end."""
+    return [
+        (e.epoch, e.train_loss, [p.clone() for p in e.params], saved_and_loaded(e.state))
+        for e in epochs
+    ]
+
+
+def same_bits(ours, theirs):
+    """Whether two lists of what `record` returns are equal to the bit, and of the same length."""
+    return [epoch[:2] for epoch in ours] == [epoch[:2] for epoch in theirs] and all(
+        torch.equal(a, b)
+        for epoch, other in zip(ours, theirs, strict=True)
+        for a, b in zip((*epoch[2], *epoch[3]), (*other[2], *other[3]), strict=True)
+    )
+
+
+def fit_few(seed, *, is_sparse, lr_max, decay, resume=None, n_epochs=5):
+    """A short real training on 50 ratings in 6 batches, by `fit` with dropout or by `fit_rows`."""
+    generator = torch.Generator().manual_seed(seed)
+    params = model.init_params(10, 10, n_factors=3, generator=generator)
+    *rows, ratings, _ = make_columns()
+    columns = *rows, ratings.float()
+    pace = schedule.one_cycle(30, lr_max=lr_max)
+    common = {
+        "n_epochs": n_epochs,
+        "batch_size": 8,
+        "drop_last": True,
+        "generator": generator,
+        "resume": resume,
+    }
+    if not is_sparse:
+        return train.fit(
+            params,
+            *columns,
+            loss_and_grad=partial(model.loss_and_grad, head=HEAD, dropout=0.3, generator=generator),
+            optimizer=schedule.adamw(pace, weight_decay=decay),
+            **common,
+        )
+    return train.fit_rows(
+        model.join(params),
+        *columns,
+        offsets=(0, 10),
+        loss_and_grad_=partial(model.pair_loss_and_grad_, n_factors=3, head=HEAD),
+        optimizer=schedule.sparse_adamw(pace, 30, weight_decay=decay),
+        block=16,
+        **common,
+    )
+
+
+WAYS = {
+    "fit": {"is_sparse": False, "lr_max": 0.05, "decay": 0.1},
+    "fit_rows": {"is_sparse": True, "lr_max": 0.05, "decay": 0.1},
+    "fit_rows with rests": {"is_sparse": True, "lr_max": 0.3, "decay": 2.5},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_resuming_is_to_the_bit(way):
+    options = WAYS[way]
+    rests = schedule.sparse_adamw(
+        schedule.one_cycle(30, lr_max=options["lr_max"]), 30, weight_decay=options["decay"]
+    ).rests
+    assert ("rests" in way) == bool(rests & {6, 12, 18, 24}), "some at the end of an epoch"
+    whole = record(fit_few(0, **options))
+    assert [epoch for epoch, *_ in whole] == [1, 2, 3, 4, 5]
+    for epoch, _, _, state in whole:
+        kept = [tensor.clone() for tensor in state]
+        again = record(fit_few(9, **options, resume=(epoch, state)))
+        assert same_bits(again, whole[epoch:])
+        assert all(torch.equal(a, b) for a, b in zip(state, kept, strict=True)), "copied"
+    other = record(fit_few(9, **options))
+    assert not same_bits(other, whole)
+
+
+def test_the_state_is_the_tables_the_optimizers_and_the_generators():
+    epoch = next(fit_few(0, **WAYS["fit"]))
+    assert all(a is b for a, b in zip(epoch.state, epoch.params, strict=False)), "not copied"
+    tables = [(10, 3), (10, 3), (10,), (10,)]
+    moments = [shape for shape in tables for _ in "mv"]
+    assert [tuple(t.shape) for t in epoch.state[:-1]] == tables + moments
+    epoch = next(fit_few(0, **WAYS["fit_rows"]))
+    assert [tuple(t.shape) for t in epoch.state[:-1]] == [(21, 3, 4), (21,)]
+
+
+@pytest.mark.parametrize("way", ["fit", "fit_rows"])
+def test_a_state_that_does_not_fit(way):
+    options = WAYS[way]
+    *_, last = fit_few(0, **options)
+    first, *rest = last.state
+    n, shape, text = len(last.state), tuple(first.shape), "tensor {} of the state to resume from is"
+    bad = [
+        (5, rest, f"has {n - 1} tensors, not {n}"),
+        (5, [first[1:], *rest], f"{text.format(0)} torch.float32 {tuple(first[1:].shape)}, not"),
+        (5, [first.double(), *rest], f"torch.float64 {shape}, not torch.float32 {shape}"),
+        (5, [first, *rest[:-1], first], f"{text.format(n - 1)} torch.float32 {shape}, not"),
+        (6, last.state, "cannot resume after 6 of 5 epochs"),
+        (-1, last.state, "cannot resume after -1 of 5 epochs"),
+    ]
+    for n_done, state, message in bad:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            next(fit_few(0, **options, resume=(n_done, state)))
+    assert not list(fit_few(0, **options, resume=(5, last.state)))
+
+
+def test_an_optimizers_state_is_of_tensors():
+    """In dicts and lists, or none at all; what could not be saved is refused at once."""
+
+    def fit(state):
+        return train.fit(
+            [torch.zeros(())],
+            ROWS,
+            loss_and_grad=lambda params, rows: (torch.zeros(()), None),
+            optimizer=(lambda params: state, lambda *changed: None),
+            n_epochs=1,
+            batch_size=4,
+            generator=torch.Generator(),
+        )
+
+    for state, n_tensors in [({"a": [torch.ones(2)], "b": torch.ones(3)}, 2), (None, 0)]:
+        assert len(next(fit(state)).state) == 1 + n_tensors + 1
+    for state in (0.5, [torch.ones(1), "mean"]):
+        with pytest.raises(ValueError, match=r"state has (0\.5|'mean'), which is no tensor"):
+            next(fit(state))
+
+
 # Three processes and 50 rows: shares of 17, 17 and 16.
 PARALLEL = {
     "dropout and context": {"batch_size": 20, "dropout": 0.3},
@@ -270,7 +405,7 @@ PARALLEL = {
 
 
 def fit_shares(fit, columns, *, dropout=0.0, head="bounded", **options):
-    """A short real training in float64 on `columns`; returns losses and parameters by epoch."""
+    """A short real training in float64 on `columns`; returns what `record` does."""
     generator = torch.Generator().manual_seed(5)
     head = HEAD if head == "bounded" else model.ordinal([0, 2, 5], [0.8, 0.4])
     shape = {"n_factors": 3, "n_outputs": head.n_outputs, "dtype": torch.float64, "std": 0.5}
@@ -292,7 +427,7 @@ def fit_shares(fit, columns, *, dropout=0.0, head="bounded", **options):
         generator=generator,
         **options,
     )
-    return [(e.train_loss, [param.clone() for param in e.params]) for e in epochs]
+    return record(epochs)
 
 
 def make_columns():
@@ -312,12 +447,15 @@ def run_process(rank, size, folder):
     (whole,) = train.deal([torch.ones(2, 3)] if rank == 0 else None, by_row=False)
     fit = partial(train.fit_parallel, n_rows=50)
     results = [fit_shares(fit, columns, **options) for options in PARALLEL.values()]
+    options, whole_run = next(iter(PARALLEL.values())), results[0]
+    resumed = fit_shares(fit, columns, **options, resume=(1, whole_run[0][3]))
+    is_resumed = len(resumed) == 2 and same_bits(resumed, whole_run[1:])
     message = None
     if rank != 1:
         with pytest.raises(ConnectionError) as caught:
             fit_shares(fit, columns, batch_size=1)
         message = str(caught.value)
-    torch.save((columns, whole, results, message), f"{folder}/{rank}.pt")
+    torch.save((columns, whole, results, is_resumed, message), f"{folder}/{rank}.pt")
     os._exit(0)  # as if killed
 
 
@@ -341,20 +479,22 @@ def processes(tmp_path_factory):
 def test_several_processes_train_as_one_does(processes, name):
     number = list(PARALLEL).index(name)
     wanted = fit_shares(train.fit, make_columns(), **PARALLEL[name])
-    first, *others = (results[number] for _, _, results, _ in processes)
+    first, *others = (results[number] for _, _, results, _, _ in processes)
     assert len(first) == 3
-    for (loss, params), (got_loss, got) in zip(wanted, first, strict=True):
+    for (_, loss, params, _), (_, got_loss, got, _) in zip(wanted, first, strict=True):
         assert got_loss == pytest.approx(loss, rel=1e-12)
         for ours, theirs in zip(got, params, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     for other in others:  # and to the bit as each other
-        for (loss, params), (got_loss, got) in zip(first, other, strict=True):
-            assert got_loss == loss
-            assert all(torch.equal(a, b) for a, b in zip(params, got, strict=True))
+        assert same_bits(first, other)
+
+
+def test_several_processes_resume_to_the_bit(processes):
+    assert all(is_resumed for *_, is_resumed, _ in processes)
 
 
 def test_a_process_gets_its_rows_alone(processes):
-    for rank, (columns, whole, _, _) in enumerate(processes):
+    for rank, (columns, whole, *_) in enumerate(processes):
         for share, column in zip(columns, make_columns(), strict=True):
             assert torch.equal(share, column[rank::3])
         assert torch.equal(whole, torch.ones(2, 3))
@@ -362,7 +502,7 @@ def test_a_process_gets_its_rows_alone(processes):
 
 def test_a_process_that_ends_is_noticed(processes):
     gone = "another process of this training has ended"
-    assert [message for _, _, _, message in processes] == [gone, None, gone]
+    assert [message for *_, message in processes] == [gone, None, gone]
 
 
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(1, 9))
