@@ -24,7 +24,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import chain, islice, pairwise, repeat
 from typing import NamedTuple
 
 import torch
@@ -149,6 +149,7 @@ def fit(
     """
     n_rows = _count_rows(columns)
     n_batches = count_batches(n_rows, batch_size, drop_last=drop_last)
+    n_drawn = min(n_batches * batch_size, n_rows)
     params = _copy(params)
     init, update_ = optimizer
     state = init(params)
@@ -156,16 +157,71 @@ def fit(
     step = n_done * n_batches
     for epoch in range(n_done + 1, n_epochs + 1):
         start = time.perf_counter()
-        order = torch.randperm(n_rows, generator=generator)[: n_batches * batch_size]
-        shuffled = (column[order].split(batch_size) for column in columns)
         total = torch.zeros((), dtype=torch.float64)
-        for batch in zip(*shuffled, strict=True):
+        for batch in _shuffle(columns, n_drawn, batch_size, generator):
             loss, grads = loss_and_grad(params, *batch)
             update_(params, grads, state, step)
             # Read once an epoch: .item() here would be one more call a step.
             total += loss * len(batch[0])
             step += 1
-        yield _end_epoch(epoch, params, total / len(order), start, (params, state), generator)
+        yield _end_epoch(epoch, params, total / n_drawn, start, (params, state), generator)
+
+
+def _shuffle(columns: Sequence[Tensor], n_drawn: int, batch_size: int, generator) -> Iterator:
+    """The batches of an epoch: the first `n_drawn` rows of a permutation, cut up."""
+    order = torch.randperm(len(columns[0]), generator=generator)[:n_drawn]
+    return zip(*(column[order].split(batch_size) for column in columns), strict=True)
+
+
+def find_lr(
+    params: Sequence[Tensor],
+    *columns: Tensor,
+    loss_and_grad: Callable,
+    optimizer: tuple[Callable, Callable],
+    n_steps: int,
+    batch_size: int,
+    generator: torch.Generator,
+    stop: float = 4.0,
+    smoothing: float = 0.98,
+) -> Tensor:
+    """The learning rate range test: the smoothed losses (m,), float64, of one run of `n_steps`.
+
+    The arguments are those of `fit`, with an `optimizer` whose lr grows from far too small to far
+    too large, as by `schedule.exponential`; `schedule.suggest_lr` reads the curve. Batches are all
+    of one size, drawn anew whenever the rows are used up; the caller's `params` stay as they are.
+    With the batch's loss l before each step, and s = `smoothing`,
+
+        a = s a + (1 - s) l,  smoothed = a / (1 - s^t),  t = step + 1
+
+    The run ends, m < `n_steps`, with the first smoothed loss above `stop` times the least so far,
+    or before the first that is not finite. Losses must be positive for `stop` to have a meaning.
+    Source: Smith 2017, "Cyclical learning rates for training neural networks", section 3.3;
+    smoothing and rule to stop are fastai's `Recorder` and `LRFinder`.
+
+    ValueError for columns of different length, `n_steps` < 1, or `smoothing` outside [0, 1).
+    """
+    if n_steps < 1:
+        raise ValueError(f"n_steps must be at least 1, not {n_steps}")
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing must be in [0, 1), not {smoothing}")
+    n_rows = _count_rows(columns)
+    n_drawn = min(count_batches(n_rows, batch_size, drop_last=True) * batch_size, n_rows)
+    draws = (_shuffle(columns, n_drawn, batch_size, generator) for _ in repeat(None))
+    params = _copy(params)
+    init, update_ = optimizer
+    state, average, least, losses = init(params), 0.0, math.inf, []
+    for step, batch in enumerate(islice(chain.from_iterable(draws), n_steps)):
+        loss, grads = loss_and_grad(params, *batch)
+        average = smoothing * average + (1 - smoothing) * loss.item()
+        smoothed = average / (1 - smoothing ** (step + 1))
+        if not math.isfinite(smoothed):
+            break
+        losses.append(smoothed)
+        least = min(least, smoothed)
+        if step and smoothed > stop * least:
+            break
+        update_(params, grads, state, step)
+    return torch.tensor(losses, dtype=torch.float64)
 
 
 def fit_parallel(

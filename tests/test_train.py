@@ -543,6 +543,96 @@ def test_shares_that_do_not_fit(monkeypatch, n_held, n_rows, message):
         )
 
 
+def find_scripted(losses, n_rows=10, batch_size=4, **options):
+    """A range test in which step k's loss is `losses[k]`; also the batches and updates it made."""
+    batches, updates = [], []
+
+    def loss_and_grad(params, rows):
+        batches.append(rows.tolist())
+        params[0].add_(1)
+        return torch.tensor(losses[len(batches) - 1], dtype=torch.float64), ["gradient"]
+
+    params = [torch.zeros(())]
+    found = train.find_lr(
+        params,
+        torch.arange(n_rows),
+        loss_and_grad=loss_and_grad,
+        optimizer=(lambda params: "state", lambda *given: updates.append(given[1:])),
+        n_steps=len(losses),
+        batch_size=batch_size,
+        generator=torch.Generator().manual_seed(0),
+        **options,
+    )
+    assert params[0] == 0, "the caller's stay"
+    assert updates[: len(found)] == [(["gradient"], "state", k) for k in range(len(updates))]
+    return found, batches
+
+
+def smooth(losses, beta):
+    """Each the mean of those so far, weighted by beta to the power of their age."""
+    weights = [[beta ** (t - k) for k in range(t + 1)] for t in range(len(losses))]
+    return [numpy.average(losses[: len(w)], weights=w) for w in weights]
+
+
+@given(st.lists(st.floats(0.5, 1.5), min_size=1, max_size=12), st.floats(0, 0.99))
+def test_the_range_test_smooths(losses, beta):
+    found, _ = find_scripted(losses, smoothing=beta)
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx(smooth(losses, beta), rel=1e-9)
+
+
+def test_the_range_test_ends_when_the_loss_grows():
+    losses = [1.0, 3.9, 0.5, 1.9, 2.1, 0.1]
+    assert find_scripted(losses, smoothing=0)[0].tolist() == [1.0, 3.9, 0.5, 1.9, 2.1]
+    assert find_scripted(losses, smoothing=0, stop=3.5)[0].tolist() == [1.0, 3.9]
+    assert len(find_scripted(losses)[0]) == 6, "smoothed, it does not grow as much"
+    found, batches = find_scripted([1.0, 2.0, math.nan, 1.0], smoothing=0)
+    assert found.tolist() == [1.0, 2.0]
+    assert len(batches) == 3
+    assert find_scripted([math.inf])[0].shape == (0,)
+
+
+def test_the_range_test_draws_whole_batches_anew():
+    _, batches = find_scripted([1.0] * 5)
+    assert [len(set(batch)) for batch in batches] == [4] * 5
+    assert len({*batches[0], *batches[1]}) == len({*batches[2], *batches[3]}) == 8
+    assert batches[:2] != batches[2:4]
+    _, batches = find_scripted([1.0] * 2, batch_size=64)
+    assert [sorted(batch) for batch in batches] == [list(range(10))] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"losses": []}, "n_steps must be at least 1, not 0"),
+        ({"losses": [1.0], "smoothing": 1.0}, r"smoothing must be in \[0, 1\), not 1\.0"),
+        ({"losses": [1.0], "n_rows": 0}, "cannot cut 0 ratings"),
+    ],
+)
+def test_the_range_test_names_the_bad_value(options, message):
+    with pytest.raises(ValueError, match=message):
+        find_scripted(**options)
+
+
+def test_the_range_test_finds_the_lr_that_works(ua):
+    """lr_max is 0.01 in the recipe for these batches."""
+    part, _, ids = ua
+    generator = torch.Generator().manual_seed(0)
+    params = model.init_params(len(ids.users), len(ids.items), n_factors=40, generator=generator)
+    pace = schedule.exponential(100, lr_min=1e-5, lr_max=10)
+    losses = train.find_lr(
+        params,
+        *part,
+        loss_and_grad=partial(model.loss_and_grad, head=HEAD),
+        optimizer=schedule.adamw(pace, weight_decay=0.1),
+        n_steps=100,
+        batch_size=512,
+        generator=generator,
+    )
+    lrs = [pace(step).lr for step in range(len(losses))]
+    assert 0.003 < schedule.suggest_lr(lrs, losses, n_steps=100).valley < 0.03
+
+
 PREDICTION = numpy.array([0.5, 2.0, 3.5, 6.0])
 TARGET = numpy.array([1.0, 2.0, 5.0, 4.0])
 
