@@ -1,6 +1,7 @@
 """One-cycle learning rate and momentum, decoupled weight decay and Adam, written by hand.
 
 `adamw` moves whole tables; `sparse_adamw`, to the same numbers, the rows of a batch alone.
+`exponential` and `suggest_lr` are the two ends of a learning rate range test.
 
 >>> import torch
 >>> from schedule import adamw, one_cycle

@@ -1,7 +1,8 @@
 """The training loop, a generator that yields after each epoch, and evaluation in one pass.
 
 `fit` is the loop. `fit_rows` is the same for large tables, by an optimizer of rows; `fit_parallel`
-for several processes. The three draw the same batches and yield the same epochs.
+for several processes. The three draw the same batches, yield the same epochs and resume after any.
+`find_lr` tries learning rates; `evaluate` judges predicted ratings, `rank` lists of items.
 
 >>> import torch
 >>> from train import evaluate, fit
@@ -51,6 +52,16 @@ class Errors(NamedTuple):
     mse: float
     rmse: float
     mae: float
+
+
+class Ranking(NamedTuple):
+    """Means over users of how well the first k of a list of items hit those that are relevant."""
+
+    precision: float  # share of the k that is relevant
+    recall: float  # share of the relevant that is among the k
+    ndcg: float  # hits weighted by place, over the most that this could be
+    hit_rate: float  # share of users with a hit
+    n_users: int  # with a relevant item
 
 
 def count_batches(n_ratings: int, batch_size: int, *, drop_last: bool = False) -> int:
@@ -509,3 +520,99 @@ def evaluate(
     if not math.isfinite(mse):
         raise ValueError(f"the mean squared error is {mse}")
     return Errors(mse, mse**0.5, absolute / len(ratings))
+
+
+def rank(
+    scores: Callable[[Tensor], Tensor],
+    users: Tensor,
+    items: Tensor,
+    *,
+    seen: tuple[Tensor, Tensor],
+    k: int,
+    n_items: int,
+    block: int = 1 << 20,
+) -> Ranking:
+    """How well the `k` items of highest score hit each user's relevant ones, `users`, `items` (N,).
+
+    `scores(rows)` returns (B, n_items) for the users in `rows` (B,), all different. Items that
+    `seen` has for a user, such as those of training, are neither proposed nor relevant: `seen` is
+    (starts (n_users + 1,), items (M,)), those of user i from starts[i] up to starts[i + 1]. A pair
+    given twice counts once. Of equal scores the lower item row comes first. With R the user's
+    relevant items and rel_p = 1 if the item in place p = 1 ... k is in R, else 0, and hits their
+    sum,
+
+        precision = hits / k,  recall = hits / |R|,  hit rate = 1 if hits > 0 else 0
+        ndcg = sum of rel_p / log2(p + 1) over p <= k / sum of 1 / log2(p + 1) over p <= min(k, |R|)
+
+    each a mean over the users with a relevant item; where a user has fewer than k items left to
+    propose, the other places are no hits. Memory is bounded by `block` scores at a time, or by one
+    user's; sums are in float64.
+    Source: Järvelin & Kekäläinen 2002, "Cumulated gain-based evaluation of IR techniques"; that the
+    second place is discounted too is of Burges et al. 2005, "Learning to rank using gradient
+    descent".
+
+    ValueError for a `k` outside 1 to `n_items`, users and items of different length, no user with a
+    relevant item, scores of another shape or not finite.
+    """
+    if not 1 <= k <= n_items:
+        raise ValueError(f"k must be from 1 to the {n_items} items, not {k}")
+    _count_rows((users, items))
+    counts = torch.bincount(users, minlength=len(seen[0]) - 1)
+    relevant = torch.cat([counts.new_zeros(1), counts.cumsum(0)]), items[users.argsort()]
+    n_users, sums = 0, torch.zeros(4, dtype=torch.float64)
+    for rows in users.unique().split(max(block // n_items, 1)):
+        is_seen = _mark(seen, rows, n_items)
+        is_relevant = _mark(relevant, rows, n_items) & ~is_seen
+        is_counted = is_relevant.any(1)
+        top = _find_top(_score(scores, rows, n_items).masked_fill(is_seen, -math.inf), k)
+        figures = _compare(is_relevant.gather(1, top), is_relevant.sum(1))
+        sums += figures[:, is_counted].sum(1)
+        n_users += is_counted.sum().item()
+    if not n_users:
+        raise ValueError("no user has a relevant item")
+    return Ranking(*(sums / n_users).tolist(), n_users)
+
+
+def _compare(is_hit: Tensor, n_relevant: Tensor) -> Tensor:
+    """The four figures of `Ranking` (4, B) for each user's places (B, k) and count (B,)."""
+    k = is_hit.shape[1]
+    discounts = 1 / torch.arange(2, k + 2, dtype=torch.float64).log2()
+    hits = is_hit.double()
+    n_hits, ideal = hits.sum(1), discounts.cumsum(0)[n_relevant.clamp(1, k) - 1]
+    return torch.stack([n_hits / k, n_hits / n_relevant, hits @ discounts / ideal, n_hits.sign()])
+
+
+def _score(scores: Callable[[Tensor], Tensor], rows: Tensor, n_items: int) -> Tensor:
+    found = scores(rows)
+    if found.shape != (len(rows), n_items):
+        shapes = f"{tuple(found.shape)}, not {(len(rows), n_items)}"
+        raise ValueError(f"the scores' shape is {shapes}")
+    if not found.isfinite().all():
+        raise ValueError(f"of users {rows[0]} to {rows[-1]} a score is not finite")
+    return found
+
+
+def _mark(lists: tuple[Tensor, Tensor], rows: Tensor, n_items: int) -> Tensor:
+    """Which items (B, n_items) the users in `rows` (B,) have in `lists`, starts and items."""
+    starts, items = lists
+    counts = starts[rows + 1] - starts[rows]
+    line = torch.arange(len(rows)).repeat_interleave(counts)
+    shifts = starts[rows] - (counts.cumsum(0) - counts)
+    place = torch.arange(len(line)) + shifts[line]
+    marks = torch.zeros(len(rows), n_items, dtype=torch.bool)
+    marks[line, items[place].long()] = True
+    return marks
+
+
+def _find_top(scores: Tensor, k: int) -> Tensor:
+    """The columns (B, k) of each line's highest `scores` (B, n), of equal ones the first columns.
+
+    As a stable sort finds them, in a tenth of the time or less.
+    """
+    least = scores.topk(k).values[:, -1:]
+    line, column = (scores >= least).nonzero(as_tuple=True)  # k a line, or more if some are equal
+    order = scores[line, column].argsort(descending=True, stable=True)
+    order = order[line[order].argsort(stable=True)]
+    counts = torch.bincount(line, minlength=len(scores))
+    firsts = counts.cumsum(0) - counts
+    return column[order[firsts.unsqueeze(1) + torch.arange(k)]]

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 from functools import partial
+from itertools import accumulate
 
 import numpy
 import pytest
@@ -701,3 +702,103 @@ def test_no_prediction_is_bent_to_shape():
         train.evaluate(lambda users, items: torch.ones(4, 1), rows, rows, torch.ones(4))
     with pytest.raises(ValueError, match="0 ratings"):
         train.evaluate(lambda users, items: torch.ones(0), rows[:0], rows[:0], torch.ones(0))
+
+
+def rank(scores, pairs, seen, k, **options):
+    """`train.rank` of a table of scores, pairs of a user and a relevant item, and lists of seen."""
+    users, items = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
+    starts = torch.tensor([0, *accumulate(map(len, seen))])
+    flat = torch.tensor([item for line in seen for item in line], dtype=torch.int32)
+    table = torch.tensor(scores)
+    return train.rank(
+        lambda rows: table[rows],
+        *(users, items),
+        seen=(starts, flat),
+        k=k,
+        n_items=table.shape[1],
+        **options,
+    )
+
+
+def test_a_ranking_worked_out_by_hand():
+    """Lists of 2 from 5 items, of which 0 is most liked, then 1, and so on.
+
+    User 0 has seen 0, is shown 1 and 2, likes 2 and 4: a hit in place 2. User 1 is shown 0 and 1,
+    likes both and 3. User 2 likes what was seen, and is not counted. User 3 is shown 0 and 1,
+    likes 4. User 4 has no relevant item. User 5 is shown 4 alone and likes it.
+    """
+    scores = [[5.0, 4.0, 3.0, 2.0, 1.0]] * 6
+    pairs = [(5, 4), (1, 3), (1, 1), (0, 4), (1, 0), (3, 4), (2, 0), (0, 2), (0, 2)]
+    seen = [[0], [], [0], [2], [], [2, 0, 3, 1]]
+    ndcg = (0.6309297535714575 / 1.6309297535714575 + 1 + 0 + 1) / 4  # 1 / log2(3) = 0.63093
+    expected = ((1 / 2 + 1 + 0 + 1 / 2) / 4, (1 / 2 + 2 / 3 + 0 + 1) / 4, ndcg, 3 / 4, 4)
+    for block in (1, 10, 1000):
+        assert rank(scores, pairs, seen, 2, block=block) == pytest.approx(expected, rel=1e-12)
+    # User 0 alone, with equal scores: the lower row is first, so the same two are shown.
+    *_, n_users = got = rank([[0.0] * 5], [(0, 2), (0, 4)], [[0]], 2)
+    assert got == pytest.approx((0.5, 0.5, 0.38685280723454163, 1.0, 1), rel=1e-12)
+    assert isinstance(n_users, int)
+
+
+def rank_slowly(scores, pairs, seen, k):
+    lines = []
+    for user in sorted({user for user, _ in pairs}):
+        relevant = {item for other, item in pairs if other == user} - set(seen[user])
+        candidates = [item for item in range(len(scores[user])) if item not in seen[user]]
+        shown = sorted(candidates, key=lambda item: -scores[user][item])[:k]
+        if not relevant:
+            continue
+        gains = [1 / math.log2(place + 2) for place in range(k)]
+        got = [gain for gain, item in zip(gains, shown, strict=False) if item in relevant]
+        ideal = sum(gains[: len(relevant)])
+        lines.append((len(got) / k, len(got) / len(relevant), sum(got) / ideal, bool(got)))
+    return (*numpy.mean(lines, 0), len(lines)) if lines else None
+
+
+@st.composite
+def rankings(draw):
+    n_users, n_items = draw(st.integers(1, 5)), draw(st.integers(1, 7))
+    user, item = st.integers(0, n_users - 1), st.integers(0, n_items - 1)
+    line = st.lists(st.integers(-2, 2).map(float), min_size=n_items, max_size=n_items)
+    scores = draw(st.lists(line, min_size=n_users, max_size=n_users))
+    pairs = draw(st.lists(st.tuples(user, item), min_size=1, max_size=20))
+    seen = draw(st.lists(st.lists(item, unique=True), min_size=n_users, max_size=n_users))
+    return scores, pairs, seen, draw(st.integers(1, n_items))
+
+
+@given(rankings(), st.integers(1, 40))
+def test_a_ranking_is_that_of_a_slow_loop(case, block):
+    expected = rank_slowly(*case)
+    if expected is None:
+        with pytest.raises(ValueError, match="no user has a relevant item"):
+            rank(*case, block=block)
+    else:
+        assert rank(*case, block=block) == pytest.approx(expected, rel=1e-12)
+
+
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(1, 5), st.data())
+def test_the_top_is_a_stable_sorts(n_lines, n, n_levels, data):
+    generator = torch.Generator().manual_seed(n)
+    scores = torch.randint(n_levels, (n_lines, n), generator=generator).float().log()
+    k = data.draw(st.integers(1, n))
+    expected = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    assert torch.equal(train._find_top(scores, k), expected)
+
+
+def test_rankings_that_cannot_be():
+    one, pairs = [[1.0, 2.0]], [(0, 1)]
+    for k in (0, 3):
+        with pytest.raises(ValueError, match=f"k must be from 1 to the 2 items, not {k}"):
+            rank(one, pairs, [[]], k)
+    for bad in ([], [(0, 1)]):
+        with pytest.raises(ValueError, match="no user has a relevant item"):
+            rank(one, bad, [[1]], 1)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="of users 0 to 0 a score is not finite"):
+            rank([[bad, 1.0]], pairs, [[]], 1)
+    seen = torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64)
+    rows, options = torch.tensor([0]), {"seen": seen, "k": 1, "n_items": 2}
+    with pytest.raises(ValueError, match=r"shape is \(2,\), not \(1, 2\)"):
+        train.rank(lambda users: torch.ones(2), rows, rows, **options)
+    with pytest.raises(ValueError, match="the columns have 1, 2 rows"):
+        train.rank(None, rows, torch.tensor([0, 1]), **options)
