@@ -1,6 +1,7 @@
 """One-cycle learning rate and momentum, decoupled weight decay and Adam, written by hand.
 
 `adamw` moves whole tables; `sparse_adamw`, to the same numbers, the rows of a batch alone.
+`exponential` and `suggest_lr` are the two ends of a learning rate range test.
 
 >>> import torch
 >>> from schedule import adamw, one_cycle
@@ -16,7 +17,7 @@
 import math
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -89,6 +90,84 @@ def one_cycle(
 
 def _cos(start: float, end: float, frac: float) -> float:
     return start + (end - start) * (1 - math.cos(math.pi * min(frac, 1.0))) / 2
+
+
+def exponential(n_steps: int, *, lr_min: float, lr_max: float, momentum: float = 0.9) -> Schedule:
+    """For the learning rate range test: lr grows by the same factor at every step.
+
+        lr = lr_min^(1 - frac) lr_max^frac,  frac = step / (n_steps - 1)
+
+    It stays at `lr_max` after the last step, as `momentum` does throughout. ValueError for less
+    than two steps, or where not 0 < lr_min < lr_max.
+
+    >>> [round(exponential(4, lr_min=0.01, lr_max=10)(step).lr, 9) for step in range(5)]
+    [0.01, 0.1, 1.0, 10.0, 10.0]
+    """
+    if n_steps < 2:
+        raise ValueError(f"n_steps must be at least 2, not {n_steps}")
+    if not 0 < lr_min < lr_max:
+        raise ValueError(f"lr cannot grow from {lr_min:g} to {lr_max:g}")
+
+    def at(step: int) -> Pace:
+        frac = min(step / (n_steps - 1), 1.0)
+        return Pace(lr_min ** (1 - frac) * lr_max**frac, momentum)
+
+    return at
+
+
+class Suggestion(NamedTuple):
+    """Two learning rates read off a range test's curve."""
+
+    valley: float  # half-way through the longest fall
+    steepest: float  # where the loss falls fastest in log lr
+
+
+def suggest_lr(
+    lrs: Sequence[float] | Tensor,
+    losses: Sequence[float] | Tensor,
+    *,
+    n_steps: int | None = None,
+) -> Suggestion:
+    """Where the curve of a range test, smoothed `losses` (m,) over growing `lrs` (m,), falls best.
+
+    The first `n_steps // 10` points and the last 5 are left out, `n_steps` being what the test was
+    to take, m unless given. Of the rest, by index from 0:
+
+        valley: lrs[max(end - L + int(L / 3) + int(L / 6), 0)], L the length of the longest
+            subsequence of ever smaller losses, gaps allowed, `end` where the first such ends
+        steepest: lrs[i] for the least (losses[i + 1] - losses[i]) / (log lrs[i + 1] - log lrs[i])
+
+    Source: fastai 2, `lr_find`, `valley` and `steep` of callback/schedule.py; but at 0 the index
+    of the valley is held here, where fastai's may be -1, the last point.
+
+    ValueError for columns of different length, fewer than 2 points left, an lr that does not grow
+    or a loss that is not finite.
+    """
+    if len(lrs) != len(losses):
+        raise ValueError(f"there are {len(lrs)} lrs and {len(losses)} losses")
+    kept = slice((len(lrs) if n_steps is None else n_steps) // 10, -5)
+    lrs, losses = (torch.as_tensor(x, dtype=torch.float64)[kept].tolist() for x in (lrs, losses))
+    if len(lrs) < 2:
+        raise ValueError(f"{len(lrs)} points are left of the curve, at least 2 are needed")
+    if not all(map(math.isfinite, losses)):
+        raise ValueError("a loss of the curve is not finite")
+    if not all(0 < lr < after for lr, after in pairwise(lrs)):
+        raise ValueError("the lrs of the curve do not grow")
+    slopes = [
+        (loss_after - loss) / math.log(lr_after / lr)
+        for (lr, loss), (lr_after, loss_after) in pairwise(zip(lrs, losses, strict=True))
+    ]
+    return Suggestion(lrs[_find_valley(losses)], lrs[slopes.index(min(slopes))])
+
+
+def _find_valley(losses: Sequence[float]) -> int:
+    lengths = []  # of the longest fall that ends at each point
+    for loss in losses:
+        before = zip(lengths, losses, strict=False)
+        lengths.append(1 + max((n for n, above in before if above > loss), default=0))
+    longest = max(lengths)
+    start = lengths.index(longest) - longest
+    return max(start + int(longest / 3) + int(longest / 6), 0)
 
 
 def decay_(param: Tensor, *, lr: float, weight_decay: float) -> None:

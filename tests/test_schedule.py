@@ -1,7 +1,10 @@
 import math
+from itertools import combinations, pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import schedule
 
@@ -53,6 +56,88 @@ def test_one_cycle_names_the_bad_value(arguments):
 def test_constant():
     at = schedule.constant(lr=0.005, momentum=0.8)
     assert [at(step) for step in (0, 7, 10**9)] == [(0.005, 0.8)] * 3
+
+
+def test_exponential():
+    at = schedule.exponential(5, lr_min=1e-3, lr_max=10, momentum=0.8)
+    lrs = [1e-3, 1e-2, 1e-1, 1.0, 10.0, 10.0, 10.0]
+    assert [at(step).lr for step in range(7)] == pytest.approx(lrs, rel=1e-12)
+    assert (at(0), at(4), at(10**9)) == ((1e-3, 0.8), (10, 0.8), (10, 0.8)), "the ends to the bit"
+
+
+@pytest.mark.parametrize(
+    ("n_steps", "lr_min", "lr_max", "message"),
+    [
+        (1, 0.1, 1.0, "n_steps must be at least 2, not 1"),
+        (5, 0.0, 1.0, "lr cannot grow from 0 to 1"),
+        (5, 0.1, 0.1, r"lr cannot grow from 0\.1 to 0\.1"),
+        (5, 0.1, math.nan, r"lr cannot grow from 0\.1 to nan"),
+    ],
+)
+def test_exponential_names_the_bad_value(n_steps, lr_min, lr_max, message):
+    with pytest.raises(ValueError, match=message):
+        schedule.exponential(n_steps, lr_min=lr_min, lr_max=lr_max)
+
+
+def suggest(losses, **options):
+    """The places on the curve of what `suggest_lr` suggests, on lrs that double."""
+    suggested = schedule.suggest_lr([2.0**i for i in range(len(losses))], losses, **options)
+    return tuple(int(math.log2(lr)) for lr in suggested)
+
+
+# 40 points, of which 4 to 34 count: flat, from 10 on down to 0.56 at 25 with one large step, up.
+FALL = [1.0] * 11 + [1.0 - 0.01 * i for i in range(1, 8)] + [0.63 - 0.01 * i for i in range(8)]
+CURVE = FALL + [0.56 * 1.5**i for i in range(1, 15)]
+
+
+def test_suggestions_on_curves_worked_out_by_hand():
+    # 20 points, 2 to 14 count: the fall is 9 long, at 2 to 10, and the same all along.
+    assert suggest([abs(i - 10) + 1.0 for i in range(20)]) == (2 - 1 + 3 + 1, 2)
+    # The fall is 16 long, at 10 to 25, its large step from 17 to 18.
+    assert suggest(CURVE) == (9 + 5 + 2, 17)
+    assert suggest(torch.tensor(CURVE)) == (16, 17)
+    # A bump in it makes it one shorter, which moves its start, counted back from the end.
+    assert suggest([*CURVE[:14], 0.985, *CURVE[15:]]) == (10 + 5 + 2, 17)
+    # Of a test that was to take 200 steps the first 20 do not count: left are 20 to 25.
+    assert suggest(CURVE, n_steps=200) == (20 - 1 + 2 + 1, 20)
+    # Nothing falls: the valley is at the first that counts.
+    assert suggest([float(i) for i in range(20)])[0] == 2
+    # 2 long at the very start, where fastai's index is -1.
+    assert suggest([1.0, 0.5] + [2.0] * 7) == (0, 0)
+
+
+@given(st.lists(st.integers(0, 6), min_size=2, max_size=8))
+def test_the_valley_is_of_the_longest_fall(losses):
+    """Every subset of the points looked at."""
+    places = range(len(losses))
+    falls = [
+        (len(chosen), -chosen[-1])
+        for size in range(1, len(losses) + 1)
+        for chosen in combinations(places, size)
+        if all(losses[a] > losses[b] for a, b in pairwise(chosen))
+    ]
+    longest, end = max(falls)
+    third = longest / 3
+    expected = max(-end - longest + int(third) + int(third / 2), 0)
+    slopes = [after - loss for loss, after in pairwise(losses)]
+    # Fewer than 10 steps: no first tenth.
+    assert suggest([*losses, 9, 9, 9, 9, 9], n_steps=9) == (expected, slopes.index(min(slopes)))
+
+
+def test_curves_without_suggestion():
+    ones, lrs = [1.0] * 7, [2.0**i for i in range(7)]
+    assert schedule.suggest_lr(lrs, ones) == (1.0, 1.0)
+    bad = [
+        (lrs[:6], ones[:6], "1 points are left of the curve, at least 2"),
+        (lrs, ones[:6], "7 lrs and 6 losses"),
+        ([], [], "0 points are left"),
+        (lrs, [math.nan, *ones[1:]], "a loss of the curve is not finite"),
+        (lrs[::-1], ones, "the lrs of the curve do not grow"),
+        ([0.0, *lrs[1:]], ones, "the lrs of the curve do not grow"),
+    ]
+    for rates, losses, message in bad:
+        with pytest.raises(ValueError, match=message):
+            schedule.suggest_lr(rates, losses)
 
 
 def test_decay_is_a_factor():
