@@ -10,11 +10,16 @@
 'Toy Story (1995)'
 """
 
+import csv
+import gzip
 import hashlib
 import http.client
 import io
+import itertools
 import lzma
+import math
 import os
+import queue
 import re
 import secrets
 import stat
@@ -26,15 +31,16 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
 import numpy
 import polars
 import torch
+from polars.io.plugins import register_io_source
 from torch import Tensor
 
 GROUPLENS = "https://files.grouplens.org/datasets/movielens"
@@ -56,6 +62,8 @@ ML_100K_GENRES = [
     "Thriller", "War", "Western",
 ]
 # fmt: on
+# What reading a broken or an encrypted archive raises.
+BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
 LARGEST_DOWNLOAD = 64 << 20  # bytes; the zip has 5 MB, the largest member read 2 MB
 # The other MovieLens: the most bytes that the zip may have, and its published MD5.
 # ml-latest-small has none, for GroupLens renews it.
@@ -118,24 +126,103 @@ def write_file(path: Path, content: bytes) -> None:
 
     A symbolic link is followed; a pipe or a device is written to directly. OSError names `path`.
     """
-    try:
-        if not _is_replaceable(path):
-            with open(path, "ab") as file:
-                file.write(content)
+    with _replacing(path) as file, _naming_output(path):
+        file.write(content)
+
+
+def write_frames(path: Path, frames: Iterable[polars.DataFrame]) -> None:
+    """Write frames of one schema, of which there is at least one, as one table, one at a time.
+
+    `path` ends in .csv, .tsv (both with a header; what polars quotes is quoted) or .parquet, or
+    ValueError; a pipe or a device gets CSV, whatever its name. As by `write_file`, it has the old
+    bytes or the whole table; an exception that `frames` raises leaves the old, and comes as it is.
+    """
+    ending = path.suffix.lower()
+    if ending not in (".csv", ".tsv", ".parquet"):
+        if _is_replaceable(path):
+            raise ValueError(f"{path} must end in .csv, .tsv or .parquet")
+        ending = ".csv"
+    with _replacing(path) as file:
+        if ending == ".parquet":
+            _write_parquet(path, file, iter(frames))
             return
-        target = Path(os.path.realpath(path))
-        beside = _beside(target)
-        with open(beside, "xb") as file:
+        is_first = True
+        for frame in frames:
+            text = frame.write_csv(
+                separator="\t" if ending == ".tsv" else ",", include_header=is_first
+            )
+            with _naming_output(path):
+                file.write(text.encode())
+            is_first = False
+
+
+def _write_parquet(path: Path, file: IO[bytes], frames: Iterator[polars.DataFrame]) -> None:
+    """By polars in another thread; `frames` stay in this one, as do what they raise and Ctrl-C."""
+    with _naming_output(path):
+        if not Path(file.name).is_file():
+            raise OSError(None, "Parquet needs a file")
+    first = next(frames)
+    waiting = queue.SimpleQueue()
+    is_wanted = threading.Semaphore(2)  # frames made before they are written
+
+    def take(_columns, _predicate, _n_rows, _batch_size):
+        while (frame := waiting.get()) is not None:
+            is_wanted.release()
+            yield frame
+
+    def sink():
+        try:
+            register_io_source(take, schema=first.schema).sink_parquet(file.name)
+        finally:
+            is_wanted.release(1 << 30)  # nothing waits for what is not written
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(sink)
+        try:
+            for frame in itertools.chain([first], frames):
+                is_wanted.acquire()
+                waiting.put(frame)
+                if done.done():
+                    break
+        finally:
+            waiting.put(None)
+        with _naming_output(path):
             try:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(beside, target)
-            except BaseException:
-                beside.unlink(missing_ok=True)
-                raise
+                done.result()
+            except (polars.exceptions.PolarsError, polars.exceptions.PanicException) as error:
+                raise OSError(None, _first_line(error)) from None
+
+
+@contextmanager
+def _naming_output(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror}") from None
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write beside `path` that is renamed at the end; `path` if it can't be replaced."""
+    is_replaced = _is_replaceable(path)
+    target = Path(os.path.realpath(path)) if is_replaced else path
+    beside = _beside(target) if is_replaced else path
+    with ExitStack() as stack:
+        with _naming_output(path):
+            file = stack.enter_context(open(beside, "xb" if is_replaced else "ab"))
+        try:
+            yield file
+            with _naming_output(path):
+                file.flush()
+                if is_replaced:
+                    os.fsync(file.fileno())
+                    os.replace(beside, target)
+        except BaseException:
+            with suppress(OSError):  # closing writes what is left, and may fail again
+                file.close()
+            if is_replaced:
+                beside.unlink(missing_ok=True)
+            raise
 
 
 def get_dataset(
@@ -308,7 +395,7 @@ def _members(archive: bytes, names: list[str]) -> list[bytes]:
                 if file.getinfo(name).file_size > LARGEST_DOWNLOAD:
                     raise OSError(f"{name} has more than {LARGEST_DOWNLOAD:,} bytes")
             return [file.read(name) for name in names]
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
+    except BROKEN as error:
         raise OSError(f"no good zip ({error})") from None
     except KeyError as error:
         raise OSError(f"no good zip ({error.args[0]})") from None
@@ -357,47 +444,126 @@ def _items_tsv(rows: list[tuple[str, str, list[str]]]) -> bytes:
 RATINGS_FILES = ("ratings.csv", "ratings.dat", "u.data")
 ITEMS_FILES = ("items.tsv", "movies.csv", "movies.dat", "u.item")
 USERS_FILES = ("u.user", "users.dat")
-LARGEST_MEMBER = 4 << 30  # bytes of a file in a zip; ml-32m's ratings have 0.9e9
+LARGEST_MEMBER = 4 << 30  # bytes of a file in a zip or a gzip; ml-32m's ratings have 0.9e9
 LONGEST_LINE = 1 << 16  # bytes
 BLOCK = 4 << 20  # bytes parsed at a time
 SLICE = 1 << 18  # ratings handled at a time, so that no column is copied whole
-RATING_SCHEMA = {
+SEPARATORS = ("\t", "::", ",", ";", "|")
+# The columns of ratings, and how their names begin, in any case, where a header is read.
+NAMES = {
+    "user": "user|customer",
+    "item": "item|movie|product",
+    "rating": "rating|score",
+    "timestamp": "timestamp|time|date",
+}
+NUMBERS = {
     "user": polars.Int64,
     "item": polars.Int64,
     "rating": polars.Float32,
     "timestamp": polars.Int64,
 }
+ISO_8601 = (
+    r"^(?<day>[0-9]{4}-[0-9]{2}-[0-9]{2})(?:[Tt ](?<minute>[0-9]{2}:[0-9]{2})"
+    r"(?::(?<second>[0-9]{2})(?:[.,][0-9]+)?)?"
+    r"(?:[Zz]|(?<sign>[+-])(?<hours>[01][0-9]|2[0-3])(?::?(?<minutes>[0-5][0-9]))?)?)?$"
+)
+TEXT = (polars.String, polars.Categorical, polars.Enum)
+Range = tuple[float, float]
 
 
-def read_ratings(path: Path) -> polars.DataFrame:
+class _Kind(NamedTuple):
+    """What a file is read for."""
+
+    noun: str  # what it has none of when it is empty
+    needed: tuple[str, ...]  # columns
+    others: tuple[str, ...]  # columns read if they are there
+    n_fields: range  # of a line without a header; of a table, which has one, none
+
+
+RATINGS = _Kind("ratings", ("user", "item", "rating"), ("timestamp",), range(3, 5))
+PAIRS = _Kind("pairs", ("user", "item"), ("timestamp",), range(2, 5))
+USERS = _Kind("users", ("user",), (), range(0))
+ITEMS = _Kind("items", ("item",), ("title",), range(0))
+
+
+class _Form(NamedTuple):
+    """How the lines of a text are made."""
+
+    separator: str
+    columns: list[str | None]  # what each field is; None for one that is not read
+    is_header: bool  # whether the first record is one
+
+
+def read_ratings(
+    path: Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    rating_range: Range | None = None,
+) -> polars.DataFrame:
     """Ratings from a file, or from the folder or zip of a MovieLens, in file order.
 
-    A file has lines of user, item, rating and, if it likes, timestamp, between tabs, commas or
-    `::`, without quotes. A first line without numbers names the columns: user..., item... or
-    movie..., rating..., time..., in any order, others among them. In a folder or a zip the file is
-    the first of `RATINGS_FILES`. Columns user, item (raw ids) and timestamp (Unix seconds; no such
-    column if the file has none) int64, rating float32, without nulls. ValueError, in one line that
-    names the file and the line, for anything else; OSError when `path` can't be read.
+    A file is Parquet, or UTF-8 text, as it is or in a gzip: lines of user, item, rating and, if it
+    likes, timestamp, between tabs, commas, `;`, `|` or `::`. Except between `::`, a field may be in
+    double quotes, a quote in it doubled (RFC 4180). A first line without numbers is a header.
+    `columns` tells which name in it (or in Parquet) is that of user, item, rating or timestamp;
+    others are known by how they begin, `NAMES`, and the word alone or one that ends in id is taken
+    before the rest. In a folder or a zip the file is the first of `RATINGS_FILES`.
+
+    Columns user and item are Int64 where every id is an integer as one is printed, else String,
+    exactly as in the file; rating is float32, finite, in `rating_range` if there is one; timestamp
+    Int64, Unix seconds (no such column if the file has none), from numbers, floored, or ISO 8601
+    dates and times, in UTC unless they name a zone. No nulls. ValueError, in one line that names
+    the file and the line or row, for anything else; OSError when `path` can't be read.
     """
     name = _find(path, RATINGS_FILES)
     if name is None and (path.is_dir() or _is_zip(path)):
         raise ValueError(f"{path}: no {', '.join(RATINGS_FILES)} in it")
+    low, high = map(numpy.float32, rating_range or (-math.inf, math.inf))
+    bounds = (float(low), float(high))  # rounded as a rating is
     with _open(path, name) as (label, file):
-        first = file.readline(LONGEST_LINE).removeprefix(b"\xef\xbb\xbf")
-        if not first.strip():
-            raise ValueError(f"{label}: no ratings" + (" in line 1" if first else ""))
-        form, is_header = _detect(label, first)
-        frames, n_above = [], int(is_header)
-        if (ratings := _read_whole(file, form, n_above)) is not None:
-            return ratings
-        block = b"" if is_header else first
-        while block := block + _read_lines(label, file):
-            frames.append(_parse(label, block, form, n_above))
-            n_above += len(frames[-1])
-            block = b""
+        if _is_parquet(file):
+            scan = _scan_parquet(label, file, RATINGS, columns)
+            frames = [
+                _convert(f"{label}, row", raw, rows, bounds)
+                for raw, rows in _slice_parquet(label, scan, None)
+            ]
+        else:
+            form, first = _detect(label, file, RATINGS, columns)
+            frames = [_read_whole(file, form, first, bounds)]
+            if frames[0] is None:
+                frames = _parse_blocks(label, _read_blocks(label, file, form, first), form, bounds)
     if not frames:
         raise ValueError(f"{label}: no ratings")
-    return polars.concat(frames, rechunk=False)
+    return polars.concat(same_ids(*frames), rechunk=False)
+
+
+def read_pairs(
+    path: Path, *, columns: Mapping[str, str] | None = None, block: int = 1 << 18
+) -> Iterator[polars.DataFrame]:
+    """Pairs of a user and an item, in file order, in frames of at most `block` rows.
+
+    From a file in any of `read_ratings`'s formats, with no more of it in memory than a frame is
+    parsed from. A rating may be there and is not read. A line without a header has the fields
+    user, item[, rating[, timestamp]], and a header names a user or an item, or `columns` does.
+    Columns user and item String, exactly as in the file; timestamp Int64, if the file has it; line
+    Int64, from 1: that in which the pair begins, or the row of Parquet. Errors as `read_ratings`.
+    """
+    is_empty = True
+    with _open(path, None) as (label, file):
+        if _is_parquet(file):
+            scan, unit = _scan_parquet(label, file, PAIRS, columns), "row"
+            raws = _slice_parquet(label, scan, block)
+        else:
+            form, first = _detect(label, file, PAIRS, columns)
+            blocks, unit = _read_blocks(label, file, form, first), "line"
+            raws = (_read_strings(label, content, form, n_above) for content, n_above in blocks)
+        for raw, lines in raws:
+            pairs = _convert(f"{label}, {unit}", raw, lines, is_text=True)
+            pairs = pairs.with_columns(polars.Series("line", lines, polars.Int64))
+            is_empty = False
+            yield from pairs.iter_slices(block)
+    if is_empty:
+        raise ValueError(f"{label}: no pairs")
 
 
 def _find(path: Path, names: Sequence[str]) -> str | None:
@@ -418,11 +584,12 @@ def _is_zip(path: Path) -> bool:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """An error that names `path`, for what a broken zip or a device raises without it."""
+    """An error that names `path`, for what a broken zip, gzip or device raises without it."""
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path}: no good zip ({error})") from None
+    except (*BROKEN, gzip.BadGzipFile) as error:
+        kind = "zip" if _is_zip(path) else "gzip"
+        raise ValueError(f"{path}: no good {kind} ({error})") from None
     except OSError as error:
         if error.filename:
             raise
@@ -433,12 +600,13 @@ def _naming(path: Path) -> Iterator[None]:
 def _open(path: Path, name: str | None) -> Iterator[tuple[str, IO[bytes]]]:
     """What `_find` found, `path` itself for None: what to call it in a message, and the file.
 
-    A zip's member is read as a stream: no name in an archive ever becomes a path.
+    A zip's member and a gzip's content are streams: no name in an archive ever becomes a path.
     """
     if name is None or path.is_dir():
         path = path / (name or "")
         with _naming(path), open(path, "rb") as file:
-            yield str(path), file
+            is_gzip = file.peek(2)[:2] == b"\x1f\x8b"
+            yield str(path), gzip.GzipFile(fileobj=file) if is_gzip else file
         return
     with _naming(path), zipfile.ZipFile(path) as archive:
         label = f"{path}, {name if name.isprintable() else ascii(name)}"
@@ -448,44 +616,81 @@ def _open(path: Path, name: str | None) -> Iterator[tuple[str, IO[bytes]]]:
             yield label, file
 
 
-def _read_lines(label: str, file: IO[bytes]) -> bytes:
-    """The next block of whole lines."""
-    block, rest = file.read(BLOCK), file.readline(LONGEST_LINE)
-    if len(rest) == LONGEST_LINE:
-        raise ValueError(f"{label}: a line of {LONGEST_LINE:,} bytes or more")
-    return block + rest
+def _read(label: str, file: IO[bytes], size: int) -> bytes:
+    """At most `size` bytes, of a gzip not more than `LARGEST_MEMBER` in all."""
+    content = file.read(size)
+    if isinstance(file, gzip.GzipFile) and file.tell() > LARGEST_MEMBER:
+        raise ValueError(f"{label}: more than {LARGEST_MEMBER:,} bytes")
+    return content
 
 
-class _Form(NamedTuple):
-    """How the lines of a file of ratings are made."""
-
-    separator: str
-    columns: list[str | None]  # what each field is; None for one that is not read
+def _read_all(label: str, file: IO[bytes]) -> bytes:
+    return b"".join(iter(lambda: _read(label, file, BLOCK), b""))
 
 
-def _detect(label: str, first: bytes) -> tuple[_Form, bool]:
-    """The form of a file by its first line, and whether that is a header."""
+def _is_on_disk(file: IO[bytes]) -> bool:
+    return isinstance(file, io.BufferedReader) and Path(file.name).is_file()
+
+
+def _detect(
+    label: str, file: IO[bytes], kind: _Kind, columns: Mapping[str, str] | None
+) -> tuple[_Form, bytes]:
+    """The form of a text by its first record, and that record: a line, or more if it has quotes."""
+    first = file.readline(LONGEST_LINE).removeprefix(b"\xef\xbb\xbf")
+    while first.count(b'"') % 2 and len(first) < LONGEST_LINE and (more := file.readline()):
+        first += more
+    if not first.strip():
+        raise ValueError(f"{label}: no {kind.noun}" + (" in line 1" if first else ""))
     where = f"{label}, line 1"
     try:
-        line = first.decode().rstrip("\r\n")
+        text = first.decode().rstrip("\r\n")
     except UnicodeDecodeError:
-        raise ValueError(f"{where}: it is not UTF-8") from None
-    separator = next((s for s in ("\t", "::", ",") if s in line), None)
-    if separator is None:
-        raise ValueError(f"{where}: no tab, comma or '::' between user, item and rating")
-    fields = line.split(separator)
+        is_utf_16 = first.startswith((b"\xff\xfe", b"\xfe\xff"))
+        raise ValueError(f"{where}: it is not UTF-8{' but UTF-16' * is_utf_16}") from None
+    records = {s: _split_record(text, s) for s in SEPARATORS if s in text}
+    if not records:
+        between = ", ".join(kind.needed[:-1]) + f" and {kind.needed[-1]}"
+        raise ValueError(f"{where}: no tab, comma, ';', '|' or '::' between {between}")
+    columns = columns or {}
+    separator = max(records, key=lambda s: _count_known(records[s], kind, columns))
+    fields = records[separator]
+    is_header = _is_header(fields, kind, columns)
+    if is_header:
+        names = _name_columns(where, fields, kind, columns)
+    elif columns:
+        raise ValueError(f"{where}: no header, so no column {next(iter(columns.values()))!r}")
+    elif len(fields) in kind.n_fields:
+        names = [name if name in kind.needed + kind.others else None for name in NAMES]
+    else:
+        form = "user, item, rating[, timestamp]" if kind is RATINGS else "user, item"
+        raise ValueError(f"{where}: {len(fields)} fields, not {form}")
+    return _Form(separator, names[: len(fields)], is_header), first
+
+
+def _split_record(text: str, separator: str) -> list[str]:
+    if separator == "::":
+        return text.partition("\n")[0].split(separator)
+    try:
+        return next(csv.reader([text], delimiter=separator))
+    except csv.Error:  # a carriage return
+        return text.split(separator)
+
+
+def _count_known(fields: list[str], kind: _Kind, columns: Mapping[str, str]) -> int:
+    """How much of what is read a first line has, if these are its fields."""
+    if _is_header(fields, kind, columns):
+        return len(_find_places(fields, kind, columns))
+    is_good = len(fields) in kind.n_fields and all(map(_is_number, fields[2:3]))
+    return len(fields) if is_good else 0
+
+
+def _is_header(fields: list[str], kind: _Kind, columns: Mapping[str, str]) -> bool:
+    if not kind.n_fields or (columns and set(columns.values()) <= set(fields)):
+        return True
     if any(map(_is_number, fields)):
-        if len(fields) not in (3, 4):
-            raise ValueError(f"{where}: {len(fields)} fields, not user, item, rating[, timestamp]")
-        return _Form(separator, list(RATING_SCHEMA)[: len(fields)]), False
-    columns = []
-    for field in fields:
-        known = re.match(r"\W*(user|item|movie|rating|time)", field.lower())
-        name = {"movie": "item", "time": "timestamp"}.get(known[1], known[1]) if known else None
-        columns.append(None if name in columns else name)
-    if missing := [name for name in ("user", "item", "rating") if name not in columns]:
-        raise ValueError(f"{where}: the header has no column {', '.join(missing)}")
-    return _Form(separator, columns), True
+        return False
+    # Pairs may be words alone, as a header is.
+    return kind is not PAIRS or bool(columns or _find_places(fields, kind, columns))
 
 
 def _is_number(text: str) -> bool:
@@ -496,76 +701,461 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _read_whole(file: IO[bytes], form: _Form, n_above: int) -> polars.DataFrame | None:
+def _find_places(fields: list[str], kind: _Kind, columns: Mapping[str, str]) -> dict[str, int]:
+    """Which field of a header names which column; the columns told by `columns` choose first."""
+    known = list(NAMES) if kind.n_fields else [*kind.needed, *kind.others]
+    places = {}
+    for name in sorted(known, key=lambda name: name not in columns):
+        ranks = [
+            (_rank(field, name, columns.get(name)), place) for place, field in enumerate(fields)
+        ]
+        free = [(rank, place) for rank, place in ranks if rank and place not in places.values()]
+        if free:
+            places[name] = min(free)[1]
+    return places
+
+
+def _rank(field: str, name: str, told: str | None) -> int:
+    """How well a field of a header names a column: 1 is best, 0 is not at all."""
+    word = field.strip().lower()
+    if told is not None:
+        return 1 if field == told else 2 * (word == told.strip().lower())
+    if name == "title":
+        return ("", "title", "name").index(word) if word in ("title", "name") else 0
+    begins = re.match(rf"\W*({NAMES[name]})(?![ _-]?\d)", word)
+    if begins is None:
+        return 0
+    word = word.partition(":")[0]  # RecBole tells the type after it
+    is_id = name in ("user", "item") and word.endswith("id")
+    return 1 if is_id or word == begins[1] else 3
+
+
+def _name_columns(
+    where: str, fields: list[str], kind: _Kind, columns: Mapping[str, str] | None
+) -> list[str | None]:
+    """What each field of a header is. A table's other columns keep their names."""
+    columns = columns or {}
+    places = _find_places(fields, kind, columns)
+    if not kind.n_fields and kind.needed[0] not in places | columns:
+        ids = [place for place, field in enumerate(fields) if field.strip().lower() == "id"]
+        places |= dict(zip(kind.needed, ids, strict=False))
+    has = ", ".join(field if field.isprintable() else ascii(field) for field in fields)
+    has = has if len(has) < 500 else has[:500] + "..."
+    for name, told in columns.items():
+        if name not in places:
+            raise ValueError(f"{where}: the header has no column {told!r} for {name}, but {has}")
+    if missing := [name for name in kind.needed if name not in places]:
+        raise ValueError(f"{where}: the header has no column {', '.join(missing)}, but {has}")
+    names = {place: name for name, place in places.items() if name in kind.needed + kind.others}
+    if not kind.n_fields:
+        for place, field in enumerate(fields):
+            while field in names.values() and place not in names:
+                field += "_"
+            if field:  # as pandas' index has no name
+                names.setdefault(place, field)
+    return [names.get(place) for place in range(len(fields))]
+
+
+def _read_whole(
+    file: IO[bytes], form: _Form, first: bytes, bounds: Range
+) -> polars.DataFrame | None:
     """The ratings of a file on disk, by all cores; None where it takes blocks to tell."""
-    is_on_disk = isinstance(file, io.BufferedReader) and Path(file.name).is_file()
-    if not is_on_disk or form.separator == "::" or None in form.columns:
+    if not _is_on_disk(file) or form.separator == "::" or None in form.columns:
+        return None
+    if form.is_header and first.count(b"\n") > 1:
         return None
     # Opened again, for polars moves the position; by path, it would take a * as a pattern.
-    with open(file.name, "rb") as whole, suppress(ValueError):
-        return _read_csv(whole, form, skip_rows=n_above)
+    with open(file.name, "rb") as whole:
+        ratings = _read_numbers(whole, form, bounds, skip_rows=int(form.is_header))
+    if ratings is None:
+        return None
+    with open(file.name, "rb") as whole:
+        if whole.read(3) != b"\xef\xbb\xbf":
+            whole.seek(0)
+        if form.is_header:
+            whole.readline()
+        return ratings if _is_canonical(whole, form.separator) else None
 
 
-def _read_csv(source: bytes | IO[bytes], form: _Form, **options) -> polars.DataFrame:
-    """ValueError says what is wrong, not where; also a field too few or too many, if it is read."""
-    names = [name or f"_{place}" for place, name in enumerate(form.columns)]
-    schema = {name: RATING_SCHEMA.get(name, polars.String) for name in names}
-    options |= {"separator": form.separator, "has_header": False, "quote_char": None}
+def _read_numbers(
+    source: bytes | IO[bytes], form: _Form, bounds: Range, **options
+) -> polars.DataFrame | None:
+    """Ratings by integers, None for any others: also a field too few or too many, if it is read."""
     try:
-        ratings = polars.read_csv(source, schema=schema, **options)
+        ratings = _read_csv(source, form, NUMBERS, **options)
+    except polars.exceptions.PolarsError:
+        return None
+    rating = ratings["rating"]
+    is_good = len(ratings) and not sum(ratings.null_count().row(0))
+    is_good = is_good and rating.is_finite().all() and rating.is_between(*bounds).all()
+    return ratings if is_good else None
+
+
+def _read_csv(source: bytes | IO[bytes], form: _Form, dtypes: dict, **options) -> polars.DataFrame:
+    names = [f"_{place}" if name is None else name for place, name in enumerate(form.columns)]
+    schema = {name: dtypes.get(name, polars.String) for name in names}
+    options = {"quote_char": None, **options}
+    table = polars.read_csv(
+        source, schema=schema, separator=form.separator, has_header=False, **options
+    )
+    return table.select(polars.nth(place) for place in _places_read(form.columns).values())
+
+
+def _places_read(columns: Sequence[str | None]) -> dict[str, int]:
+    """Where the columns are that are read, those of ratings first and in their order."""
+    places = {name: place for place, name in enumerate(columns) if name is not None}
+    return {name: places[name] for name in (*NAMES, *places) if name in places}
+
+
+def _is_canonical(file: IO[bytes], separator: str) -> bool:
+    """Whether no number has a zero, a plus or a blank before it, which polars would take away."""
+    tail = b"\n"
+    blanks = [mark for mark in (b" ", b"\t", b"\v", b"\f") if mark != separator.encode()]
+    while chunk := file.read(1 << 17):  # bytes, that stay in the processor's cache
+        chunk = tail + chunk
+        if any(mark in chunk for mark in (b"+", *blanks)) or (b"-" in chunk and b"-0" in chunk):
+            return False
+        codes = numpy.frombuffer(chunk, "u1")
+        is_zero = (codes[:-2] == ord(separator)) | (codes[:-2] == ord("\n"))
+        is_zero &= codes[1:-1] == ord("0")
+        is_zero &= codes[2:] - ord("0") < 10  # unsigned: no byte is below 0
+        if is_zero.any():
+            return False
+        tail = chunk[-2:]
+    return True
+
+
+def _read_blocks(
+    label: str, file: IO[bytes], form: _Form, first: bytes
+) -> Iterator[tuple[bytes, int]]:
+    """The rest of a text in blocks of whole records, and how many lines are above each."""
+    n_above = first.count(b"\n") if form.is_header else 0
+    content = b"" if form.is_header else first
+    while content := content + _read_lines(label, file, form.separator != "::"):
+        yield content, n_above
+        n_above += content.count(b"\n")
+        content = b""
+
+
+def _read_lines(label: str, file: IO[bytes], is_quoted: bool) -> bytes:
+    """The next block of whole lines, to where the quotes are even if that is soon."""
+    block = _read(label, file, BLOCK)
+    is_open, rest = is_quoted and block.count(b'"') % 2 == 1, b""
+    while True:
+        line = file.readline(LONGEST_LINE)
+        if len(line) == LONGEST_LINE:
+            raise ValueError(f"{label}: a line of {LONGEST_LINE:,} bytes or more")
+        rest += line
+        is_open ^= is_quoted and line.count(b'"') % 2 == 1
+        if not is_open or not line or len(rest) > LONGEST_LINE:
+            return block + rest
+
+
+def _parse_blocks(
+    label: str, blocks: Iterator[tuple[bytes, int]], form: _Form, bounds: Range
+) -> list[polars.DataFrame]:
+    """The ratings of each block, as integers as long as that goes."""
+    frames, is_plain = [], True
+    for block, n_above in blocks:
+        if is_plain:
+            content, one_byte = _one_byte(block, form)
+            ratings = _read_numbers(content, one_byte, bounds)
+            is_plain = (
+                ratings is not None
+                and _is_shaped(content, one_byte, len(ratings))
+                and _is_canonical(io.BytesIO(content), one_byte.separator)
+            )
+        if not is_plain:
+            raw, lines = _read_strings(label, block, form, n_above)
+            ratings = _convert(f"{label}, line", raw, lines, bounds)
+        frames.append(ratings)
+    return frames
+
+
+def _one_byte(block: bytes, form: _Form) -> tuple[bytes, _Form]:
+    """With a separator of one byte, as polars needs it, that is not in the block."""
+    if form.separator != "::":
+        return block, form
+    free = next(code for code in b"\x1f\x1e\x1d\x1c\x01\x02\x03\x04\x05\x06" if code not in block)
+    return block.replace(b"::", bytes([free])), form._replace(separator=chr(free))
+
+
+def _is_shaped(content: bytes, form: _Form, n_records: int) -> bool:
+    return content.count(form.separator.encode()) == n_records * (len(form.columns) - 1)
+
+
+def _read_strings(
+    label: str, block: bytes, form: _Form, n_above: int
+) -> tuple[polars.DataFrame, Sequence[int]]:
+    """The fields of whole records as they are, and the line in which each record begins.
+
+    ValueError names the line of what is no UTF-8 or no record.
+    """
+    try:
+        block.decode()
+    except UnicodeDecodeError as error:
+        line = n_above + 1 + block.count(b"\n", 0, error.start)
+        raise ValueError(f"{label}, line {line}: it is not UTF-8") from None
+    content, one_byte = _one_byte(block, form)
+    n_lines = content.count(b"\n") + (not content.endswith(b"\n"))
+    lines, why = range(n_above + 1, n_above + 1 + n_lines), "no table"
+    is_quoted = form.separator != "::" and b'"' in content
+    if is_quoted:
+        lines = _find_lines(label, content, one_byte, n_above, is_quoted)
+    try:
+        raw = _read_csv(content, one_byte, {}, quote_char='"' if is_quoted else None)
+        if len(raw) == len(lines) and (is_quoted or _is_shaped(content, one_byte, len(raw))):
+            return raw, lines
     except polars.exceptions.PolarsError as error:
-        raise ValueError(str(error).splitlines()[0]) from None
-    ratings = ratings.select(name for name in RATING_SCHEMA if name in schema)
-    n_nulls = sum(ratings.null_count().row(0))
-    if n_nulls or not len(ratings) or not ratings["rating"].is_finite().all():
-        raise ValueError("a value is missing or not finite")
-    return ratings
+        why = _first_line(error)
+    _find_lines(label, content, one_byte, n_above, is_quoted)
+    raise ValueError(f"{label}, lines {n_above + 1} to {n_above + n_lines}: {why}")
 
 
-def _parse(label: str, block: bytes, form: _Form, n_above: int) -> polars.DataFrame:
-    """The ratings of whole lines, of which `n_above` are above in the file."""
-    content, separator = block, form.separator
-    if separator == "::":  # polars' separator is one byte
-        content, separator = block.replace(b"::", b"\x1f"), "\x1f"
+def _find_lines(
+    label: str, content: bytes, form: _Form, n_above: int, is_quoted: bool
+) -> numpy.ndarray:
+    """The line in which each record begins. ValueError names the line of a wrong record."""
+    codes = numpy.frombuffer(b"\n" + content.removesuffix(b"\n") + b"\n", "u1")
+    separator, newline, quote = map(ord, (form.separator, "\n", '"'))
+    is_quote = (codes == quote) & is_quoted
+    is_inside = numpy.logical_xor.accumulate(is_quote)
+    is_newline = codes == newline
+    ends = numpy.flatnonzero(is_newline & ~is_inside)
+    if is_inside[-1]:  # the last field has no end
+        ends = numpy.append(ends, len(codes) - 1)
+    starts, ends = ends[:-1] + 1, ends[1:]
+    lines = n_above + numpy.searchsorted(numpy.flatnonzero(is_newline), starts)
+    quotes = numpy.flatnonzero(is_quote)
+    before, after = codes[quotes - 1], codes[quotes + 1]
+    is_end = (after == ord("\r")) & (codes[(quotes + 2).clip(max=len(codes) - 1)] == newline)
+    outside = [separator, newline, quote]
+    is_opening = is_inside[quotes]
+    is_good = numpy.where(
+        is_opening, numpy.isin(before, outside), numpy.isin(after, outside) | is_end
+    )
+    is_good[len(is_good) - is_inside[-1] :] = False
+    wrong = [
+        (record, "a quote that neither begins nor ends a field, nor is doubled in one")
+        for record in numpy.searchsorted(ends, quotes[~is_good][:1])
+    ]
+    separators = numpy.flatnonzero((codes == separator) & ~is_inside)
+    n_fields = numpy.diff(numpy.searchsorted(separators, ends), prepend=0) + 1
+    wrong += [
+        (record, f"fields: {n_fields[record]}, not {len(form.columns)}")
+        for record in numpy.flatnonzero(n_fields != len(form.columns))[:1]
+    ]
+    if wrong:
+        record, why = min(wrong, key=lambda found: found[0])
+        raise ValueError(f"{label}, line {lines[record]}: {why}")
+    return lines
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _is_parquet(file: IO[bytes]) -> bool:
+    return file.peek(4)[:4] == b"PAR1"
+
+
+@contextmanager
+def _naming_parquet(label: str) -> Iterator[None]:
     try:
-        ratings = _read_csv(content, form._replace(separator=separator))
-        n_separators = numpy.count_nonzero(numpy.frombuffer(content, "u1") == ord(separator))
-        if n_separators == len(ratings) * (len(form.columns) - 1):
-            return ratings
-        why = "too few fields or too many"
-    except ValueError as error:
-        why = str(error)
-    # Only now is a block looked at line by line.
-    lines = block.removesuffix(b"\n").split(b"\n")
-    for number, line in enumerate(lines, n_above + 1):
-        if wrong := _find_wrong(line, form):
-            raise ValueError(f"{label}, line {number}: {wrong}")
-    raise ValueError(f"{label}, lines {n_above + 1} to {n_above + len(lines)}: {why}")
+        yield
+    except (polars.exceptions.PolarsError, polars.exceptions.PanicException) as error:
+        raise ValueError(f"{label}: no good Parquet ({_first_line(error)})") from None
 
 
-def _find_wrong(line: bytes, form: _Form) -> str | None:
-    try:
-        fields = line.decode().removesuffix("\r").split(form.separator)
-    except UnicodeDecodeError:
-        return "it is not UTF-8"
-    if len(fields) != len(form.columns):
-        return f"fields: {len(fields)}, not {len(form.columns)}"
-    for name, text in zip(form.columns, fields, strict=True):
-        if name is None:
+def _scan_parquet(
+    label: str, file: IO[bytes], kind: _Kind, columns: Mapping[str, str] | None
+) -> polars.LazyFrame:
+    """The columns read of a Parquet file, of types that `_convert` takes."""
+    source = Path(file.name) if _is_on_disk(file) else io.BytesIO(_read_all(label, file))
+    with _naming_parquet(label):
+        scan = polars.scan_parquet(source, glob=False, hive_partitioning=False)
+        schema = scan.collect_schema()
+    names = _name_columns(label, list(schema), kind, columns)
+    for name, (column, dtype) in zip(names, schema.items(), strict=True):
+        is_good = dtype.is_integer() or (name in ("user", "item") and dtype in TEXT)
+        is_good |= name in ("rating", "timestamp") and dtype.is_float()
+        is_good |= name == "timestamp" and dtype in (polars.Date, polars.Datetime)
+        if name in NAMES and not is_good:
+            raise ValueError(f"{label}: the column {column!r} for {name} is of type {dtype}")
+    places = _places_read(names).items()
+    return scan.select(polars.nth(place).alias(name) for name, place in places)
+
+
+def _slice_parquet(
+    label: str, scan: polars.LazyFrame, size: int | None
+) -> Iterator[tuple[polars.DataFrame, range]]:
+    """The rows in slices of `size`, or at once, and their numbers from 1."""
+    start = 0
+    while True:
+        with _naming_parquet(label):
+            raw = scan.slice(start, size).collect()
+        if len(raw):
+            yield raw, range(start + 1, start + 1 + len(raw))
+        start += len(raw)
+        if size is None or len(raw) < size:
+            return
+
+
+def _convert(
+    where: str,
+    raw: polars.DataFrame,
+    lines: Sequence[int],
+    bounds: Range = (-math.inf, math.inf),
+    *,
+    is_text: bool = False,
+) -> polars.DataFrame:
+    """Ids (String if `is_text`), ratings and timestamps from strings or what Parquet has.
+
+    ValueError names the first of `lines` in which one is missing or wrong.
+    """
+    columns, wrong = {}, []
+    for name in NAMES:
+        if name not in raw.columns:
             continue
-        if not text:
-            return f"a value is missing ({name})"
-        try:
-            value = float(text) if name == "rating" else int(text)
-            if "_" in text or not text.isascii():  # which Python takes, and polars does not
-                raise ValueError
-        except ValueError:
-            return f"could not parse {name} {text[:40]!r}"
-        if name == "rating" and not abs(value) < 3.4028235e38:
-            return f"{name} {text[:40]!r} is not finite"
-        if name != "rating" and not -(2**63) <= value < 2**63:
-            return f"{name} {text[:40]!r} is too large"
-    return None
+        column = raw[name]
+        if name == "rating":
+            columns[name] = _to_floats(column)
+            is_good = columns[name].is_finite() & columns[name].is_between(*bounds)
+        elif name == "timestamp":
+            columns[name] = _to_seconds(column)
+            is_good = columns[name].is_not_null()
+        else:
+            columns[name] = column.cast(polars.String) if is_text else _to_ids(column)
+            is_good = (
+                column.cast(polars.String) != "" if column.dtype in TEXT else ~column.is_null()
+            )
+        wrong += [(row, name) for row in (~is_good.fill_null(False)).arg_true().head(1)]
+    if not wrong:
+        return polars.DataFrame(columns)
+    row, name = min(wrong, key=lambda found: found[0])
+    value, known = raw[name][row], columns[name][row]
+    shown = repr(value[:40] if isinstance(value, str) else value)
+    if value in (None, ""):
+        why = f"a value is missing ({name})"
+    elif known is None:
+        why = f"could not parse {name} {shown}"
+    elif not math.isfinite(known):
+        why = f"{name} {shown} is not finite"
+    else:
+        why = f"{name} {shown} is not in {bounds[0]:g} to {bounds[1]:g}"
+    raise ValueError(f"{where} {lines[row]}: {why}")
+
+
+def _to_ids(column: polars.Series) -> polars.Series:
+    """Int64 if that loses nothing of what is in the file, else String."""
+    if not column.dtype.is_integer():
+        column = column.cast(polars.String)
+    whole = column.cast(polars.Int64, strict=False)
+    is_same = whole.cast(column.dtype, strict=False).eq_missing(column).all()
+    return whole if is_same else column.cast(polars.String)
+
+
+def _to_floats(column: polars.Series) -> polars.Series:
+    if column.dtype == polars.String:
+        column = column.str.strip_chars()
+    return column.cast(polars.Float32, strict=False)
+
+
+def _to_seconds(column: polars.Series) -> polars.Series:
+    """Unix seconds, Int64, floored; null for what is no time."""
+    if column.dtype == polars.Date:
+        return column.cast(polars.Int64) * 86_400
+    if column.dtype == polars.Datetime:
+        per_second = {"ms": 10**3, "us": 10**6, "ns": 10**9}[column.dtype.time_unit]
+        return column.to_physical() // per_second
+    if column.dtype.is_float():
+        return column.floor().cast(polars.Int64, strict=False)
+    if column.dtype != polars.String:
+        return column.cast(polars.Int64, strict=False)
+    column = column.str.strip_chars()
+    seconds = column.cast(polars.Int64, strict=False)
+    for convert in (_from_decimals, _from_iso):
+        if seconds.null_count():
+            seconds = seconds.fill_null(convert(column))
+    return seconds
+
+
+def _from_decimals(column: polars.Series) -> polars.Series:
+    return column.cast(polars.Float64, strict=False).floor().cast(polars.Int64, strict=False)
+
+
+def _from_iso(column: polars.Series) -> polars.Series:
+    parts = column.str.extract_groups(ISO_8601).struct.unnest()
+    moment = polars.format(
+        "{} {}:{}",
+        "day",
+        polars.col("minute").fill_null("00:00"),
+        polars.col("second").fill_null("00"),
+    )
+    seconds = moment.str.to_datetime("%Y-%m-%d %H:%M:%S", time_unit="us", strict=False).dt.epoch(
+        "s"
+    )
+    hours, minutes = (
+        polars.col(name).cast(polars.Int64).fill_null(0) for name in ("hours", "minutes")
+    )
+    sign = polars.when(polars.col("sign") == "-").then(-1).otherwise(1)
+    return parts.select(seconds - sign * (hours * 3600 + minutes * 60)).to_series()
+
+
+def same_ids(*frames: polars.DataFrame | None) -> tuple[polars.DataFrame | None, ...]:
+    """The frames with their ids of one type: users and items Int64 if all are, else String.
+
+    Ratings, pairs, and tables of users or items go together; None stays None.
+    """
+    for name in ("user", "item"):
+        dtypes = {frame[name].dtype for frame in frames if frame is not None and name in frame}
+        if len(dtypes) > 1:
+            to_text = polars.col(name).cast(polars.String)
+            frames = [
+                frame.with_columns(to_text) if frame is not None and name in frame else frame
+                for frame in frames
+            ]
+    return tuple(frames)
+
+
+def check_ids(ratings: polars.DataFrame) -> None:
+    """ValueError names two ids of users or items that differ only in case or in blanks.
+
+    That is, with the same `" ".join(id.split()).casefold()`.
+    """
+    for name in ("user", "item"):
+        ids = ratings[name]
+        if ids.dtype != polars.String:
+            continue
+        ids = ids.unique().sort()
+        is_ascii = ids.str.len_bytes() == ids.str.len_chars()
+        ascii_ids = ids.filter(is_ascii)
+        blank = r"[\s\x1c-\x1f]+"
+        keys = ascii_ids.str.replace_all(blank, " ").str.strip_chars(" ").str.to_lowercase()
+        others = ids.filter(~is_ascii)
+        other_keys = [" ".join(text.split()).casefold() for text in others]
+        keys = polars.concat([keys, polars.Series(other_keys, dtype=polars.String)])
+        same = polars.DataFrame({"id": polars.concat([ascii_ids, others]), "key": keys})
+        same = same.filter(polars.col("key").is_duplicated()).sort("key", "id")
+        if len(same):
+            first, second = same["id"][0], same["id"][1]
+            raise ValueError(f"the {name}s {first!r} and {second!r} differ only in case or spaces")
+
+
+def drop_repeats(ratings: polars.DataFrame) -> polars.DataFrame:
+    """One rating for each (user, item), the others in their order.
+
+    The latest by timestamp, if there are timestamps; of one time, or without them, the later row.
+    """
+    if _is_sorted(ratings, strictly=True):
+        return ratings
+    row = polars.int_range(polars.len(), dtype=polars.UInt32).alias("row")
+    order = [name for name in ("timestamp",) if name in ratings.columns]
+    kept = ratings.select("user", "item", *order, row)
+    if order:
+        kept = kept.sort(order, maintain_order=True)
+    kept = kept.unique(["user", "item"], keep="last", maintain_order=True)["row"]
+    return ratings if len(kept) == len(ratings) else ratings[kept.sort()]
 
 
 def write_ratings(ratings: polars.DataFrame, path: Path) -> None:
@@ -575,13 +1165,23 @@ def write_ratings(ratings: polars.DataFrame, path: Path) -> None:
     write_file(path, ratings.write_csv(separator="\t", include_header=False).encode())
 
 
-def _read_beside(path: Path, names: Sequence[str]) -> tuple[str, str, bytes] | None:
-    """Label, name and content of the first of `names` in a folder or a zip, None without it."""
+def _read_known(path: Path, names: Sequence[str]) -> tuple[str, str, bytes] | None:
+    """Label, name and content of the first of `names` in a folder or a zip, None without it.
+
+    A file that is called one of `names` is read as well.
+    """
     name = _find(path, names)
-    if name is None:
+    if name is None and path.name not in names:
         return None
     with _open(path, name) as (label, file):
-        return label, PurePosixPath(name).name, file.read()
+        return label, PurePosixPath(name or path).name, _read_all(label, file)
+
+
+def _is_own(path: Path, names: Sequence[str], column: str | None) -> bool:
+    """Whether a path is of a table that is not one of MovieLens."""
+    if path.is_dir() or _is_zip(path):
+        return False
+    return column is not None or path.name not in names
 
 
 def _read_table(label: str, content: bytes, schema: dict, **options) -> polars.DataFrame:
@@ -594,13 +1194,17 @@ def _read_table(label: str, content: bytes, schema: dict, **options) -> polars.D
         raise ValueError(f"{label}: not a table of {', '.join(schema)}: {why}") from None
 
 
-def read_users(path: Path) -> polars.DataFrame | None:
-    """Demographics: user and age int64, gender, occupation and zip_code strings.
+def read_users(path: Path, *, column: str | None = None) -> polars.DataFrame | None:
+    """What is known of users: of MovieLens's, or of any from a table of one's own, by `read_own`.
 
-    From the first of `USERS_FILES` in a folder or a zip, None if it has none. In users.dat an
-    occupation is a number, and an age the lowest of its group. ValueError names a broken file.
+    From the first of `USERS_FILES` in a folder or a zip, None if it has none, or a file so called:
+    user and age int64, gender, occupation and zip_code strings. In users.dat an occupation is a
+    number, and an age the lowest of its group. Any other file, or one whose column of ids is named
+    by `column`, is a table of one's own. ValueError names a broken file.
     """
-    found = _read_beside(path, USERS_FILES)
+    if _is_own(path, USERS_FILES, column):
+        return _read_own(path, USERS, column)
+    found = _read_known(path, USERS_FILES)
     if found is None:
         return None
     label, name, content = found
@@ -614,13 +1218,17 @@ def read_users(path: Path) -> polars.DataFrame | None:
     return users.select(columns)
 
 
-def read_items(path: Path) -> polars.DataFrame | None:
-    """Films: item int64, title string, year int64 (null if unknown), genres list of strings.
+def read_items(path: Path, *, column: str | None = None) -> polars.DataFrame | None:
+    """What is known of items: of MovieLens's films, or of any from a table of one's own.
 
-    From the first of `ITEMS_FILES` in a folder or a zip, None if it has none. The year is the last
-    one in parentheses in the title. ValueError names a broken file.
+    From the first of `ITEMS_FILES` in a folder or a zip, None if it has none, or a file so called:
+    item int64, title string, year int64 (null if unknown), the last one in parentheses in the
+    title, genres list of strings. Any other file, or one whose column of ids is named by `column`,
+    is a table of one's own. ValueError names a broken file.
     """
-    found = _read_beside(path, ITEMS_FILES)
+    if _is_own(path, ITEMS_FILES, column):
+        return _read_own(path, ITEMS, column)
+    found = _read_known(path, ITEMS_FILES)
     if found is None:
         return None
     label, name, content = found
@@ -647,6 +1255,69 @@ def read_items(path: Path) -> polars.DataFrame | None:
         title.str.extract(r".*\((\d{4})\)").cast(polars.Int64).alias("year"),
         genres.str.extract_all(r"[^|]+"),
     )
+
+
+def _read_own(path: Path, kind: _Kind, column: str | None) -> polars.DataFrame:
+    """A table with a header, of any format of ratings: the ids, a title if items have one, others.
+
+    The ids are those of `column`, or of the column known by its name as that of ratings is, or
+    called id; a title that of title or name. Of the others numbers stay numbers, text in which some
+    value has a `|` between becomes lists, and what is empty is null. Names stay as they are, but
+    for one that is taken, which gets an underscore, and none, which is not read. ValueError in one
+    line for an id that is missing or there twice, and as in `read_ratings`.
+    """
+    key = kind.needed[0]
+    columns = {} if column is None else {key: column}
+    with _open(path, None) as (label, file):
+        if _is_parquet(file):
+            unit, raws = (
+                "row",
+                _slice_parquet(label, _scan_parquet(label, file, kind, columns), None),
+            )
+        else:
+            form, first = _detect(label, file, kind, columns)
+            blocks, unit = _read_blocks(label, file, form, first), "line"
+            raws = (_read_strings(label, content, form, n_above) for content, n_above in blocks)
+        frames = []
+        for raw, lines in raws:
+            _convert(f"{label}, {unit}", raw, lines)  # for what is missing
+            frames.append(raw)
+    if not frames:
+        raise ValueError(f"{label}: no {kind.noun}")
+    raw = polars.concat(frames)
+    ids = _to_ids(raw[key])
+    if (is_twice := ids.is_duplicated()).any():
+        raise ValueError(f"{label}: the {key} {ids.filter(is_twice)[0]!r} is there twice")
+    told = {name: _to_side(label, raw[name], unit) for name in raw.columns if name != key}
+    if "title" in set(kind.others) & set(told):
+        told["title"] = raw["title"].cast(polars.String)
+    return polars.DataFrame({key: ids, **told})
+
+
+def _to_side(label: str, column: polars.Series, unit: str) -> polars.Series:
+    """Numbers, texts or lists of texts, of Parquet or of lines, in which all are strings."""
+    dtype = column.dtype
+    if dtype.is_float():
+        return column.fill_nan(None)
+    if dtype.is_integer():
+        return column
+    if dtype.is_decimal():
+        return column.cast(polars.Float64)
+    if dtype in (polars.Date, polars.Datetime):
+        return _to_seconds(column)
+    if dtype == polars.List and dtype.inner in TEXT:
+        return column.cast(polars.List(polars.String))
+    if dtype not in (*TEXT, polars.Boolean, polars.Null):
+        raise ValueError(f"{label}: the column {column.name!r} is of type {dtype}")
+    text = column.cast(polars.String)
+    text = text.set(text == "", None)
+    numbers = text.str.strip_chars().cast(polars.Float64, strict=False)
+    if unit == "line" and numbers.null_count() == text.null_count():
+        whole = text.str.strip_chars().cast(polars.Int64, strict=False)
+        return whole if whole.null_count() == text.null_count() else numbers.fill_nan(None)
+    if text.str.contains(r"[^|]\|[^|]").any():
+        return text.str.extract_all(r"[^|]+")
+    return text
 
 
 def _to_utf8(content: bytes) -> bytes:
@@ -708,12 +1379,13 @@ def _part(
     return ratings.filter(~is_test), ratings.filter(is_test)
 
 
-def _is_sorted(ratings: polars.DataFrame) -> bool:
+def _is_sorted(ratings: polars.DataFrame, *, strictly: bool = False) -> bool:
     """Whether by user, then item. Slice by slice, since a comparison of chunks copies them."""
     for start in range(0, len(ratings), SLICE):
-        user, item = (ratings[c].slice(start, SLICE + 1).to_numpy() for c in ("user", "item"))
-        is_same = user[1:] == user[:-1]
-        if not ((user[1:] > user[:-1]) | (is_same & (item[1:] >= item[:-1]))).all():
+        user, item = (ratings[name].slice(start, SLICE + 1) for name in ("user", "item"))
+        (user, next_user), (item, next_item) = ((ids[:-1], ids[1:]) for ids in (user, item))
+        is_after = next_item > item if strictly else next_item >= item
+        if not ((next_user > user) | ((next_user == user) & is_after)).all():
             return False
     return True
 
@@ -757,11 +1429,14 @@ class Ids(NamedTuple):
     items: polars.Series
 
 
-def to_tensors(train: polars.DataFrame, test: polars.DataFrame) -> tuple[Part, Part, Ids]:
-    """Both frames as tensors, with the raw ids of the two together indexed from 0.
+def to_tensors(
+    train: polars.DataFrame, test: polars.DataFrame, *, allow_overlap: bool = False
+) -> tuple[Part, Part, Ids]:
+    """Both frames, with ids of one type (`same_ids`), as tensors; their raw ids indexed from 0.
 
-    ValueError when a part is empty, or when a (user, item) pair is in both parts: a model would be
-    tested on what it was trained on (a copy of ua.base in circulation holds the whole of ua.test).
+    ValueError when a part is empty, or, unless `allow_overlap`, when a (user, item) pair is in both
+    parts: a model would be tested on what it was trained on (a copy of ua.base in circulation holds
+    the whole of ua.test).
     """
     for name, part in (("training", train), ("test", test)):
         if not len(part):
@@ -776,13 +1451,13 @@ def to_tensors(train: polars.DataFrame, test: polars.DataFrame) -> tuple[Part, P
     part, test_part = (
         Part(*map(torch.from_numpy, columns)) for columns in zip(users, items, ratings, strict=True)
     )
-    if _is_any_shared(part, test_part, len(item_ids)):
+    if not allow_overlap and _is_any_shared(part, test_part, len(item_ids)):
         pairs, test_pairs = (frame.select("user", "item") for frame in (train, test))
         shared = test_pairs.join(pairs, ["user", "item"], "semi", maintain_order="left")
         user, item = shared.row(0)
         raise ValueError(
             f"{len(shared)} of the test part's (user, item) pairs are in the training part "
-            f"too, the first is ({user}, {item})"
+            f"too, the first is ({user!r}, {item!r})"
         )
     return part, test_part, Ids(user_ids, item_ids)
 
@@ -790,8 +1465,12 @@ def to_tensors(train: polars.DataFrame, test: polars.DataFrame) -> tuple[Part, P
 def _index(*columns: polars.Series) -> tuple[polars.Series, numpy.ndarray, numpy.ndarray]:
     """The ids in the columns, sorted, and for each column their rows, int64.
 
-    By a table from id to row where the ids lie near each other: a look-up for a binary search.
+    By a table from id to row where integers lie near each other: a look-up for a binary search.
     """
+    if columns[0].dtype == polars.String:
+        ids = polars.concat([column.unique() for column in columns]).unique().sort()
+        rows = (column.cast(polars.Enum(ids)).to_physical() for column in columns)
+        return ids, *(row.cast(polars.Int64).to_numpy(writable=True) for row in rows)
     low = min(column.min() for column in columns)
     n_places = max(column.max() for column in columns) - low + 1
     if n_places > 2 * sum(map(len, columns)) + 2**20:
@@ -939,7 +1618,8 @@ def describe(about: polars.DataFrame, key: str) -> polars.DataFrame:
     schema = {key: about[key].dtype, "feature": polars.Int64, "value": polars.Float64}
     blocks, n_features = [polars.DataFrame(schema=schema)], 0
     for column in about.drop(key).columns:
-        values = about.select(key, value=column, share=1.0).drop_nulls()
+        values = polars.DataFrame({key: about[key], "value": about[column]})
+        values = values.with_columns(share=1.0).drop_nulls()
         if values["value"].dtype == polars.List:
             share = (1 / polars.col("value").list.len().sqrt()).alias("share")
             values = values.with_columns(share).explode("value").drop_nulls()

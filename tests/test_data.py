@@ -214,12 +214,16 @@ def test_files_of_anybody(tmp_path, text):
         ("1,2,nan,4", "rating 'nan' is not finite"),
         ("1,2,-inf,4", "rating '-inf' is not finite"),
         ("1,2,1e39,4", "rating '1e39' is not finite"),
-        ("x,2,3,4", "could not parse user 'x'"),
-        ('"1",2,3,4', "could not parse user '\"1\"'"),
-        ('1,2,"3,4', "could not parse rating '\"3'"),
-        ("1,2.5,3,4", "could not parse item '2.5'"),
-        (f"1,{2**63},3,4", f"item '{2**63}' is too large"),
-        ("1_0,2,3,4", "could not parse user '1_0'"),
+        ('1,2,"3,4', "a quote that neither begins nor ends a field"),
+        ('1,"2"x,3,4', "a quote that neither begins nor ends a field"),
+        ('1,a "2" b,3,4', "a quote that neither begins nor ends a field"),
+        ('1,"2\n3",bad,4', "could not parse rating 'bad'"),
+        ('1,"2\n3",4', "fields: 3, not 4"),
+        ('"",2,3,4', "a value is missing (user)"),
+        ("x,2,_,4", "could not parse rating '_'"),
+        ("x,2,1_0,4", "could not parse rating '1_0'"),
+        (f"1,2,3,{2**63}", f"could not parse timestamp '{2**63}'"),
+        ("1,2,3,2021-02-29", "could not parse timestamp '2021-02-29'"),
         ("1,2,3,noon", "could not parse timestamp 'noon'"),
         ("1::2::3::4", "fields: 1, not 4"),
         ("1,2,\udcff,4", "it is not UTF-8"),
@@ -252,10 +256,10 @@ def test_a_wrong_line_of_colons(tmp_path, line):
         (b"userId,movieId,rating", "no ratings"),
         (b"userId,rating,timestamp\n1,2,3\n", "line 1: the header has no column item"),
         (b"a,b,c\n1,2,3\n", "line 1: the header has no column user, item, rating"),
-        (b"a film\n", "line 1: no tab, comma or '::'"),
+        (b"a film\n", "line 1: no tab, comma, ';', '|' or '::' between user, item and rating"),
         (b"1,2\n", "line 1: 2 fields, not user, item"),
         (b"1,2,3,4,5\n", "line 1: 5 fields, not user, item"),
-        ("1,2,3\n".encode("utf-16"), "line 1: it is not UTF-8"),
+        ("1,2,3\n".encode("utf-16"), "line 1: it is not UTF-8 but UTF-16"),
         ("1,2,3\n".encode("utf-16-le"), "line 1: the header has no column user"),
         (b"1,2,3\n1,2," + b"3" * 200_000, "a line of 65,536 bytes or more"),
     ],
@@ -353,7 +357,7 @@ def test_people_of_ml_1m(tmp_path):
     assert users.rows() == [(1, 1, "F", "10", "48067"), (2, 56, "M", "16", "70072-12")]
     assert users.columns == ["user", "age", "gender", "occupation", "zip_code"]
     assert data.read_items(tmp_path) is None
-    assert data.read_users(tmp_path / "users.dat") is None, "a file has its ratings alone"
+    assert data.read_users(tmp_path / "users.dat").equals(users)
     (tmp_path / "users.dat").write_text("1::F::young::10::48067\n")
     with pytest.raises(ValueError, match=r"users\.dat: not a table of .* `young`"):
         data.read_users(tmp_path)
