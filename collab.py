@@ -1,11 +1,17 @@
-"""Train a collaborative-filtering model on MovieLens: `python collab.py train`.
+"""Train a model of ratings and ask it: `python collab.py train`, `recommend`, `predict` and more.
 
-The recipes, the functions that join the four other modules to a training, and the commands, which
-read their options, call these and print. The modules are imported inside the functions that need
-them, so that `--help` is instant.
+The recipes, the functions that join the four other modules, which return values and print nothing,
+and the commands, which read their options, call these and print. The modules are imported inside
+the functions that need them, so that `--help` is instant.
+
+>>> import collab
+>>> model = collab.train_model(collab.read(), epochs=1)  # MovieLens 100K
+>>> [each.title for each in collab.recommend(model, user=196, n=1)]
+['Shawshank Redemption, The (1994)']
 """
 
 import atexit
+import hashlib
 import io
 import json
 import math
@@ -16,8 +22,10 @@ import statistics
 import sys
 import time
 import zipfile
+from bisect import bisect_left
+from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,6 +85,69 @@ RECIPES = {
 
 ML_100K_ROWS = 943 + 1_682  # users and items, for which the recipes' decays are
 MOST_LEVELS = 100  # distinct ratings that loss ordinal takes; it has a bias for each
+ROWS_AT_ONCE = 1 << 24  # predictions held in memory when all items are ranked
+
+
+class Data(NamedTuple):
+    """What a training reads, as polars frames."""
+
+    name: str | None  # of the MovieLens; None for ratings of the user's own
+    source: str  # the name or the path
+    ratings: object  # user, item, rating[, timestamp], as `data.read_ratings`
+    test: object | None  # a test part of its own, the same
+    users: object | None  # side information, as `data.read_users` and `data.read_items`
+    items: object | None
+    rating_range: tuple | None  # of the scale; None for that of the ratings
+
+
+def read(
+    dataset=None,
+    ratings=None,
+    *,
+    test=None,
+    users=None,
+    items=None,
+    columns=None,
+    rating_range=None,
+    allow_similar_ids=False,
+    data_dir=None,
+    notice=lambda line: None,
+):
+    """Read a MovieLens, ml-100k unless named, or `ratings`, a path, with the tables beside it.
+
+    `columns` and `rating_range` are those of `data.read_ratings`. Of several ratings of one (user,
+    item) the latest is kept. `notice` gets a line on where data came from and on what was left out.
+    ValueError and OSError in one line for what cannot be read, and, unless `allow_similar_ids`, for
+    ids that differ only in case or spaces.
+    """
+    import data
+
+    dataset = choose_dataset(dataset, ratings)
+    path = Path(ratings) if dataset is None else data.get_dataset(dataset, data_dir, notice=notice)
+    frames = []
+    for file in (path, test):
+        if file is None:
+            frames.append(None)
+            continue
+        own = {} if file is path and ratings is None else {"columns": columns}
+        found = data.read_ratings(Path(file), rating_range=rating_range, **own)
+        kept = data.drop_repeats(found)
+        if n_repeats := len(found) - len(kept):
+            notice(f"{file}: {n_repeats:,} earlier ratings of the same user and item are left out")
+        frames.append(kept)
+    has_tables = path.is_dir() or zipfile.is_zipfile(path)
+    tables = []
+    for reader, own, name in ((data.read_users, users, "user"), (data.read_items, items, "item")):
+        if own is not None:
+            tables.append(reader(Path(own), column=(columns or {}).get(name)))
+        else:
+            tables.append(reader(path) if has_tables else None)
+    frames = data.same_ids(*frames, *tables)
+    if not allow_similar_ids:
+        for frame in frames[:2]:
+            if frame is not None:
+                data.check_ids(frame)
+    return Data(dataset, dataset or str(ratings), *frames, rating_range)
 
 
 class Task(NamedTuple):
@@ -87,30 +158,33 @@ class Task(NamedTuple):
     ids: tuple  # data.Ids
     seen: tuple  # bool masks of the users and of the items that training tells something of
     features: tuple | None  # model.Features; None for ids alone
+    times: object = None  # (N,) int64 timestamps of train; None without the feature time
 
 
-def prepare(train, test, kinds, *, users=None, items=None):
+def prepare(train, test, kinds, *, users=None, items=None, allow_overlap=False):
     """Make a `Task` of two frames of ratings and, for features, those of users and items."""
     import data
     import model
 
-    part, test_part, ids = data.to_tensors(train, test)
+    part, test_part, ids = data.to_tensors(train, test, allow_overlap=allow_overlap)
     about = {"users": users, "items": items} if "side" in kinds else {}
-    seen, features = data.find_seen(part, ids, **about), None
+    seen, features, times = data.find_seen(part, ids, **about), None, None
     if tuple(kinds) != ("id",):
         features = model.Features(*data.features(train, ids, kinds, **about))
     if "time" in kinds:
         context, test_context = data.time_context(train, test)
         part, test_part = (*part, context), (*test_part, test_context)
-    return Task(part, test_part, ids, seen, features)
+        times = train["timestamp"].to_torch()
+    return Task(part, test_part, ids, seen, features, times)
 
 
-def choose_features(kinds, ratings, users, items, *, is_given):
-    """Those of `kinds` that the data has; ValueError for another if `is_given` by the user."""
+def choose_features(kinds, found, *, is_given):
+    """Those of `kinds` that the `Data` has; ValueError for another if `is_given` by the user."""
     lacks = {}
-    if users is None and items is None:
+    if found.users is None and found.items is None:
         lacks["side"] = "tables of users or items"
-    if "timestamp" not in ratings.columns:
+    frames = [frame for frame in (found.ratings, found.test) if frame is not None]
+    if any("timestamp" not in frame.columns for frame in frames):
         lacks["time"] = "timestamps"
     for kind in kinds:
         if is_given and kind in lacks:
@@ -158,16 +232,18 @@ class Job(NamedTuple):
     options: dict
     seed: int
     n_processes: int
+    resume: tuple | None  # epochs done, and the state of each member
 
 
-def make_job(task, *, options, seed, n_processes=1):
+def make_job(task, *, options, seed, n_processes=1, resume=None):
     """The `Job` of training on all of the task's ratings with `options`, a recipe's dict."""
     sizes = len(task.ids.users), len(task.ids.items)
     if task.features is not None:
         sizes = tuple(len(side[0]) - 1 for side in task.features[2:])
     ratings = task.train[2]
     head = choose_head(ratings, options)
-    return Job(task.train, len(ratings), task.features, sizes, head, options, seed, n_processes)
+    columns, n_rows = task.train, len(ratings)
+    return Job(columns, n_rows, task.features, sizes, head, options, seed, n_processes, resume)
 
 
 def deal_job(job):
@@ -186,41 +262,51 @@ def deal_job(job):
     return rest[0]._replace(columns=columns, features=features or None)
 
 
-def fit(task, *, options, seed, n_processes=1):
+def fit(task, *, options, seed, n_processes=1, clip=None, resume=None):
     """Train with `options`, a recipe's dict, and yield `(members, row)` after each epoch.
 
     `members` are the `model.Params` of the ensemble's models, trained side by side; `row` is a dict
     of the epoch's figures: epoch, train_loss, mse, rmse, mae, seconds (training), evaluate_seconds.
-    With more than one process, this is the first, and the others call `follow`.
+    Predictions are clipped to `clip`, the range of the training ratings unless given. With more
+    than one process, this is the first, and the others call `follow`.
     """
+    given = {"n_processes": n_processes, "clip": clip, "resume": resume}
+    for epochs, row in fit_epochs(task, options=options, seed=seed, **given):
+        yield [epoch.params for epoch in epochs], row
+
+
+def fit_epochs(task, *, options, seed, n_processes=1, clip=None, resume=None):
+    """`fit` that yields each member's whole `train.Epoch`; `resume` is that of `Job`."""
     import train
 
-    ratings = task.train[2]
-    clip = ratings.min(), ratings.max()
-    job = make_job(task, options=options, seed=seed, n_processes=n_processes)
+    clip = clip or find_range(task.train[2])
+    job = make_job(task, options=options, seed=seed, n_processes=n_processes, resume=resume)
     head = make_head(*job.head)
     if n_processes > 1:
         job = deal_job(job)
     start = time.perf_counter()  # what is worked out before the first step counts too
     for epochs in fit_members(job):
         trained = time.perf_counter()
-        tables = [to_rows(epoch.params, task) for epoch in epochs]
+        tables = [to_rows(epoch.params, task.features, task.seen) for epoch in epochs]
         errors = train.evaluate(
             lambda *rows, tables=tables: predict_each(tables, *rows, head=head).mean(0),
             *task.test,
             clip=clip,
         )
-        yield (
-            [epoch.params for epoch in epochs],
-            {
-                "epoch": epochs[0].epoch,
-                "train_loss": sum(epoch.train_loss for epoch in epochs) / len(epochs),
-                **errors._asdict(),
-                "seconds": trained - start,
-                "evaluate_seconds": time.perf_counter() - trained,
-            },
-        )
+        row = {
+            "epoch": epochs[0].epoch,
+            "train_loss": sum(epoch.train_loss for epoch in epochs) / len(epochs),
+            **errors._asdict(),
+            "seconds": trained - start,
+            "evaluate_seconds": time.perf_counter() - trained,
+        }
+        yield epochs, row
         start = time.perf_counter()
+
+
+def find_range(ratings):
+    """The lowest and the highest of a tensor of ratings."""
+    return ratings.min().item(), ratings.max().item()
 
 
 def follow(threads):
@@ -249,18 +335,18 @@ def fit_members(job):
             n_outputs=head.n_outputs,
             generator=generator,
         )
-        return train_params(params, job, head=head, generator=generator)
+        resume = job.resume and (job.resume[0], job.resume[1][number])
+        return train_params(params, job, head=head, generator=generator, resume=resume)
 
     return zip(*map(member, range(job.options["ensemble"])), strict=True)
 
 
-def train_params(params, job, *, head, generator):
+def train_params(params, job, *, head, generator, resume=None):
     """Train on the job's ratings by the faster of two ways to the same numbers; yields epochs.
 
     Several processes always take the step on all rows, of which the numbers of the step on the
     batch's rows differ by up to 1e-3 in the error.
     """
-    import model
     import schedule
     import train
 
@@ -270,6 +356,7 @@ def train_params(params, job, *, head, generator):
         "batch_size": options["batch_size"],
         "drop_last": options["drop_last"],
         "generator": generator,
+        "resume": resume,
     }
     n_batches = train.count_batches(
         job.n_rows, options["batch_size"], drop_last=options["drop_last"]
@@ -280,23 +367,27 @@ def train_params(params, job, *, head, generator):
     is_plain = job.features is None and not options["dropout"]
     if is_alone and is_plain and is_sparse_faster(params, options, n_steps):
         return train_rows(params, job, head=head, pace=pace, n_steps=n_steps, **common)
-    loss_and_grad = model.loss_and_grad
+    train_dense = train.fit if is_alone else partial(train.fit_parallel, n_rows=job.n_rows)
+    dense = make_dense(job, pace, head=head, generator=generator)
+    return train_dense(params, *job.columns, **dense, **common)
+
+
+def make_dense(job, pace, *, head, generator):
+    """What a loop over all rows takes: `loss_and_grad` and `optimizer`, at the schedule `pace`."""
+    import model
+    import schedule
+
+    loss_and_grad, options = model.loss_and_grad, job.options
     if job.features is not None:
         loss_and_grad = partial(model.embedded_loss_and_grad, features=job.features)
     decay, bias_decay = options["weight_decay"], options["bias_decay"]
-    train_dense = train.fit if is_alone else partial(train.fit_parallel, n_rows=job.n_rows)
-    return train_dense(
-        params,
-        *job.columns,
-        loss_and_grad=partial(
+    decays = decay, decay, bias_decay, bias_decay  # in the order of model.Params
+    return {
+        "loss_and_grad": partial(
             loss_and_grad, head=head, dropout=options["dropout"], generator=generator
         ),
-        optimizer=schedule.adamw(
-            pace,
-            weight_decay=(decay, decay, bias_decay, bias_decay),  # in the order of model.Params
-        ),
-        **common,
-    )
+        "optimizer": schedule.adamw(pace, weight_decay=decays),
+    }
 
 
 def train_rows(params, job, *, head, pace, n_steps, **common):
@@ -334,16 +425,16 @@ def is_sparse_faster(params, options, n_steps):
     return is_large and options["lr_max"] * decay < 0.03 and n_steps < 500_000
 
 
-def to_rows(params, task):
+def to_rows(params, features, seen):
     """Tables with a row a user and a row an item, the unseen ones filled, ready to predict with."""
     import model
 
-    if task.features is not None:
-        params = model.embed(params, task.features)
-    return model.fill_unseen(params, *task.seen)
+    if features is not None:
+        params = model.embed(params, features)
+    return model.fill_unseen(params, *seen)
 
 
-def predict(members, *rows, head):
+def predict_rows(members, *rows, head):
     """Mean and standard deviation of the members' predictions of pairs, as `model.predict` does.
 
     The deviation says how much the models of the ensemble disagree; it is 0 for a single one.
@@ -380,6 +471,996 @@ def describe_unseen(task):
         return None
     how = "by their features" if all(seen.all() for seen in task.seen) else "as average"
     return "without training ratings: {} users, {} items; predicted {}".format(*counts, how)
+
+
+def choose_options(recipe, given):
+    """The recipe's options with those given over them. ValueError where they do not go together."""
+    options = RECIPES[recipe] | {name: value for name, value in given.items() if value is not None}
+    if options["loss"] == "ordinal" and given.get("y_range") is not None:
+        raise ValueError("--y-range goes with --loss mse.")
+    if options["loss"] == "mse" and options["y_range"] is None:
+        raise ValueError("--loss mse needs --y-range.")
+    lr_max, decay = options["lr_max"], max(options["weight_decay"], options["bias_decay"])
+    if lr_max * decay >= 1:
+        raise ValueError(f"--lr-max {lr_max:g} times a decay of {decay:g} is not below 1.")
+    return options
+
+
+def choose_dataset(dataset, source):
+    """The data set's name, None with ratings of the user's own. ValueError for both."""
+    if dataset is not None and source is not None:
+        raise ValueError(f"--dataset {dataset} and --ratings {source} are two data sets.")
+    return dataset or (DATASETS[0] if source is None else None)
+
+
+def scale(recipe, options, given, *, clip, n_rows):
+    """The recipe's decays and y_range, but for those given, for other data than ml-100k.
+
+    A row is in fewer of the batches the more rows there are, and decays at every step: a decay that
+    goes with 1 / n_rows, the number of users and items, takes the same share off it between two of
+    them. None is above the recipe's. y_range is the recipe's, which is for ratings from 1 to 5, at
+    the scale `clip`.
+    """
+    share, (low, high), bounds = min(ML_100K_ROWS / n_rows, 1.0), clip, RECIPES[recipe]["y_range"]
+    scaled = {name: options[name] * share for name in ("weight_decay", "bias_decay")}
+    if bounds is not None:
+        scaled["y_range"] = tuple(low + (bound - 1) / 4 * (high - low) for bound in bounds)
+    return {name: value for name, value in scaled.items() if given.get(name) is None}
+
+
+class Training(NamedTuple):
+    """A training, ready to begin."""
+
+    task: Task
+    options: dict  # a recipe's, complete
+    clip: tuple  # the lowest and the highest rating that is predicted
+    titles: list | None  # by row of the items
+    figures: dict  # what is known of it before: recipe, dataset, split, seed, options, counts
+
+
+def set_up(
+    found, *, recipe="default", split=None, holdout=None, seed=0, allow_overlap=False, **given
+):
+    """The `Training` of a recipe, with the options `given` over it, on `Data` cut by `split`.
+
+    `split` and `holdout` are those of `cut`: ua for ml-100k, else random, unless given; data with a
+    test part of its own is not split. ValueError for options, features or a split that do not go
+    with the data, and for a training part with nothing to learn.
+    """
+    options = choose_options(recipe, given)
+    if found.test is not None and split is not None:
+        raise ValueError(f"--split {split} and --test do not go together.")
+    is_given = given.get("features") is not None
+    kinds = options["features"] = choose_features(options["features"], found, is_given=is_given)
+    split = split or ("ua" if found.name == "ml-100k" else "random")
+    ratings, test = found.ratings, found.test
+    about = {"users": found.users, "items": found.items}
+    name, source, rating_range = found.name, found.source, found.rating_range
+    del found  # of 25 million ratings, half a gigabyte; and so are the frames
+    if "time" not in kinds and not split.startswith("last"):
+        ratings = ratings.drop("timestamp", strict=False)
+    if test is None:
+        ratings, test = cut(ratings, split, seed=seed, holdout=holdout)
+    else:
+        split = "test file"
+    task = prepare(ratings, test, kinds, allow_overlap=allow_overlap, **about)
+    del ratings, test
+    check_part(task, source)
+    clip = rating_range or find_range(task.train[2])
+    if name != "ml-100k":
+        options |= scale(recipe, options, given, clip=clip, n_rows=sum(map(len, task.ids)))
+    choose_head(task.train[2], options)  # its errors come before the first step
+    figures = {
+        "recipe": recipe,
+        "dataset": source,
+        "split": split,
+        "seed": seed,
+        "options": options,
+        "n_users": len(task.ids.users),
+        "n_items": len(task.ids.items),
+        "n_train": len(task.train[2]),
+        "n_test": len(task.test[2]),
+    }
+    if holdout is not None:
+        figures["holdout"] = holdout
+    return Training(task, options, clip, find_titles(about["items"], task.ids.items), figures)
+
+
+def check_part(task, source):
+    """ValueError for a training part of one user, one item or one rating."""
+    what = "all ratings of the training part are"
+    for name, raw_ids, rows in zip(("user", "item"), task.ids, task.train[:2], strict=True):
+        if not (rows != rows[0]).any():
+            raise ValueError(f"{source}: {what} of one {name}, {raw_ids[rows[0].item()]!r}")
+    low, high = find_range(task.train[2])
+    if low == high:
+        raise ValueError(f"{source}: {what} {low:g}: there is nothing to learn")
+
+
+def find_titles(items, item_ids):
+    """The title of each item, its id where it has none; None where none has one."""
+    if items is None or "title" not in items.columns:
+        return None
+    titles = dict(items.select("item", "title").drop_nulls().iter_rows())
+    return [titles.get(item) or str(item) for item in item_ids.to_list()]
+
+
+def conclude(training, rows):
+    """The figures of a training, as `--metrics` writes them, from those of its epochs."""
+    rows = [dict(row) for row in rows]
+    evaluate_seconds = sum(row.pop("evaluate_seconds") for row in rows)
+    return {
+        **training.figures,
+        "epochs": rows,
+        **{name: rows[-1][name] for name in ("mse", "rmse", "mae")},
+        "fit_seconds": sum(row["seconds"] for row in rows),
+        "evaluate_seconds": evaluate_seconds,
+    }
+
+
+def train_model(found, **settings):
+    """Train on what `read` returns, with the settings of `set_up`. Returns a `Model`.
+
+    Its `figures` have the error on the test part. Numbers are the same for the same seed and number
+    of threads of torch.
+    """
+    training, rows = set_up(found, **settings), []
+    del found
+    options = {"options": training.options, "seed": training.figures["seed"]}
+    for members, row in fit(training.task, **options, clip=training.clip):  # noqa: B007
+        rows.append(row)
+    return make_model(training, members, conclude(training, rows))
+
+
+class Model(NamedTuple):
+    """A trained model and all that its answers need. Raw ids are integers or text, sorted."""
+
+    params: list  # of each member of the ensemble, model.Params with a row a user, or a feature
+    features: tuple | None  # the matrices of users and items, as in model.Features
+    seen: tuple  # bool masks of the users and the items that training tells something of
+    head: tuple  # what `choose_head` returns
+    clip: tuple  # the lowest and the highest rating that is predicted
+    user_ids: list  # by row
+    item_ids: list
+    titles: list | None
+    # the training part by user: where each one's begin (n_users + 1,) int64, items (N,) int32; and
+    # for the feature time ratings (N,) float32, timestamps (N,) int64
+    rated: tuple
+    test: tuple  # Task.test
+    figures: dict  # what `train --metrics` writes
+    tables: list  # of each member, model.Params with a row a user and an item; not in the file
+
+
+def make_model(training, members, figures):
+    """The `Model` of what `fit` has yielded last."""
+    import model
+
+    task = training.task
+    return add_tables(
+        {
+            "params": [model.Params(*map(clone, params)) for params in members],
+            "features": task.features and tuple(tuple(side) for side in task.features[:2]),
+            "seen": task.seen,
+            "head": choose_head(task.train[2], training.options),
+            "clip": training.clip,
+            "user_ids": task.ids.users.to_list(),
+            "item_ids": task.ids.items.to_list(),
+            "titles": training.titles,
+            "rated": group_by_user(*task.train[:3], task.times, n_users=len(task.ids.users)),
+            "test": tuple(task.test),
+            "figures": figures,
+        }
+    )
+
+
+def clone(tensor):
+    """A copy that is not a view: saved, a view brings the whole table that it is of."""
+    return tensor.clone()
+
+
+def add_tables(content):
+    """A `Model` of all its fields but `tables`."""
+    import model
+
+    features = content["features"] and model.Features(*content["features"], None, None)
+    tables = [to_rows(params, features, content["seen"]) for params in content["params"]]
+    return Model(**content, tables=tables)
+
+
+def group_by_user(users, items, ratings, times, *, n_users):
+    """`Model.rated` of the training part's columns."""
+    import torch
+
+    order = torch.argsort(users, stable=True)
+    starts = torch.zeros(n_users + 1, dtype=torch.int64)
+    starts[1:] = torch.bincount(users, minlength=n_users).cumsum(0)
+    grouped = starts, items[order].int()
+    return grouped if times is None else (*grouped, ratings[order], times[order])
+
+
+FORMAT = "collab 2"  # of a saved model
+CHECKPOINT = "collab checkpoint 1"
+
+
+def save_model(path, saved):
+    """Write a `Model` to a file. OSError names the file."""
+    content = saved._asdict() | {"params": [params._asdict() for params in saved.params]}
+    del content["tables"]
+    save(Path(path), {"format": FORMAT, **content})
+
+
+def save(path, content):
+    import torch
+
+    import data
+
+    file = io.BytesIO()
+    torch.save(content, file)
+    data.write_file(path, file.getbuffer())
+
+
+def load_model(path):
+    """Read what `save_model` wrote. ValueError, naming the file, for anything else."""
+    with _refusing(path, "model"):
+        content = load(path, FORMAT)
+        check_model(content)
+        return add_tables(content)
+
+
+@contextmanager
+def _refusing(path, what):
+    """One line that names `path`, for whatever a file from elsewhere makes torch raise."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: not a {what} of this program: {line}") from None
+
+
+def load(path, form):
+    """The content of a file that `save` wrote. Code in it is refused, not run."""
+    import torch
+
+    with open(path, "rb") as file:  # OSError for a folder, or where there is none
+        if not zipfile.is_zipfile(file):  # torch's older formats are plain pickles
+            raise ValueError("no zip file")
+    content = torch.load(path, weights_only=True, mmap=True)
+    if content["format"] != form:
+        raise ValueError(f"format {content['format']!r}, not {form!r}")
+    del content["format"]
+    return content
+
+
+def check_model(content):
+    """Raise ValueError for a file whose parts do not fit: a row out of a table would be read."""
+    import model
+
+    content["params"] = [model.Params(**params) for params in content["params"]]
+    sizes = n_users, n_items = len(content["user_ids"]), len(content["item_ids"])
+    starts, items = content["rated"][:2]
+    users, test_items, ratings = content["test"][:3]
+    head = make_head(*content["head"])
+    fits = [
+        *(len(mask) == n for mask, n in zip(content["seen"], sizes, strict=True)),
+        content["titles"] is None or len(content["titles"]) == n_items,
+        len(content["clip"]) == 2,
+        len(starts) == n_users + 1 and is_rising(starts, len(items)),
+        is_within(items, n_items) and is_within(users, n_users) and is_within(test_items, n_items),
+        len(users) == len(test_items) == len(ratings),
+        len(content["params"]) > 0,
+    ]
+    for params in content["params"]:
+        n_factors = params.user_factors.shape[1]
+        outputs = () if head.n_outputs == 1 else (head.n_outputs,)
+        rows = sizes
+        if content["features"] is not None:
+            rows = len(params.user_factors), len(params.item_factors)
+        fits += [
+            (params.user_factors.shape, params.user_bias.shape)
+            == ((rows[0], n_factors), (rows[0], *outputs)),
+            (params.item_factors.shape, params.item_bias.shape)
+            == ((rows[1], n_factors), (rows[1], *outputs)),
+        ]
+        for (starts, columns, values), n, m in zip(
+            content["features"] or (), sizes, rows, strict=False
+        ):
+            fits += [len(starts) > n, is_rising(starts, len(columns)), is_within(columns, m)]
+            fits += [len(columns) == len(values)]
+    if not all(fits):
+        raise ValueError("its parts do not fit each other")
+
+
+def is_rising(starts, end):
+    return starts[0] == 0 and starts[-1] == end and bool((starts.diff() >= 0).all())
+
+
+def is_within(rows, n):
+    return not len(rows) or (rows.min() >= 0 and rows.max() < n)
+
+
+def find_row(raw_ids, raw):
+    """The row of a raw id, given as it is or as text; None for one that is not there."""
+    if isinstance(raw_ids[0], int):
+        if not re.fullmatch(r"-?[1-9]\d*|0", str(raw)):
+            return None
+        raw = int(raw)
+    else:
+        raw = str(raw)
+    row = bisect_left(raw_ids, raw)
+    return row if row < len(raw_ids) and raw_ids[row] == raw else None
+
+
+def find_user(saved, raw):
+    """The row of a user. ValueError for one that the model does not know."""
+    if (row := find_row(saved.user_ids, raw)) is None:
+        raise ValueError(f"no user {str(raw)!r} in the model{_hint(saved.user_ids, raw)}")
+    return row
+
+
+def find_item(saved, raw):
+    """The row of an item, by its id or a part of its title that no other has, or a whole title.
+
+    ValueError for what is neither; for a part of several titles it lists them.
+    """
+    if (row := find_row(saved.item_ids, raw)) is not None:
+        return row
+    part = str(raw).casefold().strip()
+    titles = [title.casefold() for title in saved.titles or ()]
+    rows = [row for row, title in enumerate(titles) if part in title]
+    if not rows or not part:
+        where = "" if saved.titles is None else " and in no title"
+        raise ValueError(f"no item {str(raw)!r} in the model{where}{_hint(saved.item_ids, raw)}")
+    whole = [row for row in rows if titles[row] == part]
+    if len(whole or rows) == 1:
+        return (whole or rows)[0]
+    counts = count_ratings(saved).tolist()
+    rows.sort(key=lambda row: -counts[row])
+    listed = ", ".join(f"{saved.item_ids[row]} {saved.titles[row]!r}" for row in rows[:10])
+    more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
+    raise ValueError(f"{str(raw)!r} is in {len(rows)} titles: {listed}{more}")
+
+
+def _hint(raw_ids, raw):
+    """What the user may have meant, for an id that differs only in case or spaces."""
+
+    def fold(raw_id):
+        return "".join(str(raw_id).split()).casefold()
+
+    near = next((raw_id for raw_id in raw_ids if fold(raw_id) == fold(raw)), None)
+    return "" if near is None else f"; there is {str(near)!r}"
+
+
+def count_ratings(saved):
+    """How many training ratings each item has, (n_items,)."""
+    import torch
+
+    return torch.bincount(saved.rated[1], minlength=len(saved.item_ids))
+
+
+def find_title(saved, row):
+    return str(saved.item_ids[row]) if saved.titles is None else saved.titles[row]
+
+
+def find_rows(saved, pairs, *, source, allow_unknown=False):
+    """Rows of the raw ids in a frame of user, item and maybe line, int64 (N,) each.
+
+    ValueError, with `source` and the line, for an unknown id; with `allow_unknown`, these get the
+    row after the last, that of the average user or item in `add_average`.
+    """
+    import polars
+
+    found = []
+    for name, raw_ids in (("user", saved.user_ids), ("item", saved.item_ids)):
+        index, column = polars.Series(name, raw_ids), pairs[name]
+        if index.dtype != column.dtype:
+            index, column = (ids.cast(polars.String) for ids in (index, column))
+        rows = column.to_frame().join(
+            index.to_frame().with_row_index("row"), name, "left", maintain_order="left"
+        )["row"]
+        if rows.null_count() and not allow_unknown:
+            place = rows.is_null().arg_max()
+            line = f", line {pairs['line'][place]}" if "line" in pairs.columns else ""
+            raise ValueError(f"{source}{line}: no {name} {str(column[place])!r} in the model")
+        found.append(rows.fill_null(len(raw_ids)).cast(polars.Int64).to_torch())
+    return tuple(found)
+
+
+def add_average(saved):
+    """`Model.tables` with one row more for users and for items: the mean of those seen."""
+    import torch
+
+    return [
+        type(params)(
+            *(
+                torch.cat([table[: len(seen)], table[: len(seen)][seen].mean(0, True), rest])
+                for table, seen, rest in (
+                    (table, saved.seen[side], table[len(saved.seen[side]) :])
+                    for table, side in zip(params, (0, 1, 0, 1), strict=True)
+                )
+            )
+        )
+        for params in saved.tables
+    ]
+
+
+def find_context(saved, users, items, times):
+    """`data.time_context` of pairs of rows at `times` (N,) int64, from the model's training part.
+
+    A tuple of it, or an empty one for a model without the feature time or for no times.
+    """
+    import polars
+
+    import data
+
+    if len(saved.rated) == 2 or times is None:
+        return ()
+    starts, rated_items, ratings, rated_times = saved.rated
+    rated_users = _expand(starts)
+    columns = ("user", "item", "rating", "timestamp")
+    history, pairs = (
+        polars.DataFrame(dict(zip(columns, (c.numpy() for c in part), strict=False)))
+        for part in (
+            (rated_users, rated_items.long(), ratings, rated_times),
+            (users, items, users.float(), times),
+        )
+    )
+    return (data.time_context(history, pairs)[1],)
+
+
+def find_new_context(saved, items, ratings, times):
+    """`data.time_context` of a new user's own ratings (N,), or None as `find_context`'s tuple."""
+    import polars
+    import torch
+
+    import data
+
+    if len(saved.rated) == 2 or times is None:
+        return None
+    starts, rated_items, rated, rated_times = saved.rated
+    new = torch.full_like(items, len(saved.user_ids))
+    columns = {
+        "user": torch.cat([_expand(starts), new]),
+        "item": torch.cat([rated_items.long(), items]),
+        "rating": torch.cat([rated, ratings]),
+        "timestamp": torch.cat([rated_times, times]),
+    }
+    frame = polars.DataFrame({name: column.numpy() for name, column in columns.items()})
+    return data.time_context(frame, frame.clear())[0][-len(items) :]
+
+
+def _expand(starts):
+    """The user of each place in `Model.rated`."""
+    import torch
+
+    return torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
+
+
+def predict(saved, users, items, *, allow_unknown=False):
+    """Predicted ratings of pairs of raw ids, two lists: float32 (N,), and their deviation (N,).
+
+    The deviation is that of the ensemble's members, 0 for a single one. ValueError for an unknown
+    id; with `allow_unknown` it is predicted as the average one.
+    """
+    import polars
+
+    pairs = polars.DataFrame({"user": list(users), "item": list(items)})
+    return predict_frame(saved, pairs, source="predict", allow_unknown=allow_unknown)
+
+
+def predict_frame(saved, pairs, *, source, allow_unknown=False):
+    """`predict` of a frame of user, item and maybe timestamp, which the feature time reads."""
+    rows = find_rows(saved, pairs, source=source, allow_unknown=allow_unknown)
+    times = pairs["timestamp"].to_torch() if "timestamp" in pairs.columns else None
+    tables = add_average(saved) if allow_unknown else saved.tables
+    context = find_context(saved, *rows, times)
+    mean, deviation = predict_rows(tables, *rows, *context, head=make_head(*saved.head))
+    return mean.clamp(*saved.clip), deviation
+
+
+def predict_pairs(saved, frames, *, source, allow_unknown=False):
+    """For each frame of `data.read_pairs` one of user, item, rating[, deviation], raw ids."""
+    import polars
+
+    for pairs in frames:
+        mean, deviation = predict_frame(saved, pairs, source=source, allow_unknown=allow_unknown)
+        columns = {"rating": mean.numpy(), "deviation": deviation.numpy()}
+        if len(saved.tables) == 1:
+            del columns["deviation"]
+        yield pairs.select("user", "item").with_columns(
+            polars.Series(name, values) for name, values in columns.items()
+        )
+
+
+def evaluate(saved, ratings=None, *, source="ratings", k=None, min_rating=None, **allowed):
+    """Errors on a frame of ratings, on the test part of the training unless given: a dict.
+
+    It has n_test, mse, rmse, mae and, with `k`, the ranking figures of `train.Ranking` at `k`: of
+    all items but those the user rated in training, the first k are looked for in the user's ratings
+    of at least `min_rating` here. `allowed` may have allow_unknown and allow_overlap: without the
+    second, a pair of the training part is a ValueError.
+    """
+    import train
+
+    if ratings is None:
+        rows, targets, context, tables = saved.test[:2], saved.test[2], saved.test[3:], saved.tables
+    else:
+        allow_unknown = allowed.get("allow_unknown", False)
+        rows = find_rows(saved, ratings, source=source, allow_unknown=allow_unknown)
+        if not allowed.get("allow_overlap", False):
+            check_overlap(saved, *rows, source=source)
+        times = ratings["timestamp"].to_torch() if "timestamp" in ratings.columns else None
+        targets, context = ratings["rating"].to_torch(), find_context(saved, *rows, times)
+        tables = add_average(saved) if allow_unknown else saved.tables
+    head = make_head(*saved.head)
+    errors = train.evaluate(
+        lambda *rows: predict_rows(tables, *rows, head=head)[0],
+        *rows,
+        targets,
+        *context,
+        clip=saved.clip,
+    )
+    figures = {"n_test": len(targets), **errors._asdict()}
+    if k is not None:
+        figures |= {"k": k, **rank(saved, *rows, targets, k=k, min_rating=min_rating)}
+    return figures
+
+
+def rank(saved, users, items, ratings, *, k, min_rating=None):
+    """The ranking figures of `evaluate` for pairs of rows; the unknown ones are left out."""
+    import train
+
+    n_users, n_items = len(saved.user_ids), len(saved.item_ids)
+    counts = (users < n_users) & (items < n_items)
+    if min_rating is not None:
+        counts &= ratings >= min_rating
+    if not counts.any():
+        raise ValueError(f"no rating of at least {min_rating} to look for")
+    return train.rank(
+        lambda rows: score(saved.tables, rows, saved.head),
+        users[counts],
+        items[counts],
+        seen=saved.rated[:2],
+        n_items=n_items,
+        k=k,
+        block=max(ROWS_AT_ONCE // n_items, 1),
+    )._asdict()
+
+
+def check_overlap(saved, users, items, *, source):
+    """ValueError for pairs of rows that the model was trained on."""
+    import torch
+
+    n_items = len(saved.item_ids)
+    known = (users < len(saved.user_ids)) & (items < n_items)
+    keys = users * n_items + items
+    trained = _expand(saved.rated[0]) * n_items + saved.rated[1]
+    shared = (torch.isin(keys, trained) & known).nonzero()[:, 0]
+    if len(shared):
+        pair = saved.user_ids[users[shared[0]]], saved.item_ids[items[shared[0]]]
+        raise ValueError(
+            f"{source}: {len(shared)} of the (user, item) pairs are in the model's training part, "
+            f"the first is {pair}"
+        )
+
+
+def score(tables, users, head):
+    """Predictions of every item for the users of some rows: (B, n_items), not clipped."""
+    import torch
+
+    import model
+
+    head = make_head(*head)
+    items = torch.arange(len(tables[0].item_factors))
+    total = 0.0
+    for params in tables:
+        total = total + model.predict(params, users.unsqueeze(1), items, head=head)
+    return total / len(tables)
+
+
+class Recommendation(NamedTuple):
+    """An item by its raw id, with its title (its id if it has none) and the predicted rating."""
+
+    item: int | str
+    title: str
+    rating: float
+
+
+def recommend(saved, user=None, *, rated=None, n=10, include_seen=False):
+    """The `n` items of the highest predicted rating for a user, a list of `Recommendation`.
+
+    The user is one of the model's, by raw id, or one who gave the ratings `rated`: a list of (item,
+    rating), or (item, rating, timestamp) where the model has the feature time. Items that the user
+    has rated are left out unless `include_seen`. ValueError for a user, an item or a rating that
+    the model does not know.
+    """
+    import torch
+
+    if rated is not None:
+        items, ratings, *times = map(list, zip(*rated, strict=True))
+        rows = torch.tensor([find_item(saved, item) for item in items])
+        tables = fold_in(saved, rows, torch.tensor(ratings).float(), *map(torch.tensor, times))
+        scores = score(tables, torch.tensor([0]), saved.head)[0]
+    else:
+        row = find_user(saved, user)
+        rows = saved.rated[1][slice(*saved.rated[0][row : row + 2])].long()
+        scores = score(saved.tables, torch.tensor([row]), saved.head)[0]
+    if not include_seen:
+        scores[rows] = -math.inf
+    values, rows = scores.topk(min(n, len(scores)))
+    return [
+        Recommendation(saved.item_ids[row], find_title(saved, row), value)
+        for row, value in zip(rows.tolist(), values.clamp(*saved.clip).tolist(), strict=True)
+        if scores[row] > -math.inf
+    ]
+
+
+def recommend_all(saved, *, n=10, include_seen=False, block=None):
+    """`recommend` for every user, a block at a time: frames of user, rank, item, title, rating."""
+    import polars
+    import torch
+
+    starts, rated_items = saved.rated[:2]
+    item_ids = polars.Series(saved.item_ids)
+    titles = saved.titles and polars.Series(saved.titles)
+    n_items = len(item_ids)
+    block = block or max(ROWS_AT_ONCE // n_items, 1)
+    n = min(n, n_items)
+    for first in range(0, len(saved.user_ids), block):
+        users = torch.arange(first, min(first + block, len(saved.user_ids)))
+        scores = score(saved.tables, users, saved.head)
+        if not include_seen:
+            bounds = starts[first : first + len(users) + 1]
+            scores[_expand(bounds), rated_items[bounds[0] : bounds[-1]].long()] = -math.inf
+        values, rows = scores.topk(n)
+        rows = rows.reshape(-1).numpy()
+        frame = polars.DataFrame(
+            {
+                "user": polars.Series(saved.user_ids[first : first + len(users)]).gather(
+                    torch.arange(len(users)).repeat_interleave(n).numpy()
+                ),
+                "rank": torch.arange(1, n + 1).repeat(len(users)).numpy(),
+                "item": item_ids.gather(rows),
+                **({} if titles is None else {"title": titles.gather(rows)}),
+                "rating": values.clamp(*saved.clip).reshape(-1).numpy(),
+            }
+        )
+        yield frame.filter(polars.Series((values > -math.inf).reshape(-1).numpy()))
+
+
+def fold_in(saved, items, ratings, times=None):
+    """Tables as `Model.tables` with one user: who gave `ratings` (N,) to the items of rows (N,).
+
+    By `model.fold_in`; where the model has implicit features, the items rated tell of the user
+    through these too, and the prior is about the rest. ValueError for a rating out of range.
+    """
+    import torch
+
+    import model
+
+    low, high = saved.clip
+    for row, rating in zip(items.tolist(), ratings.tolist(), strict=True):
+        if not low <= rating <= high:
+            text = "rating {:g} of item {!r} is not within {:g} to {:g}"
+            raise ValueError(text.format(rating, saved.item_ids[row], low, high))
+    head, kinds = make_head(*saved.head), saved.figures["options"]["features"]
+    # The squared error has no scale of its own; the likelihood of loss ordinal has.
+    noise = saved.figures["epochs"][-1]["train_loss"] if saved.head[0] == "bounded" else 1.0
+    n_users, n_items = len(saved.user_ids), len(saved.item_ids)
+    is_trained = saved.rated[0].diff() > 0
+    context = find_new_context(saved, items, ratings, times)
+    folded = []
+    for params, tables in zip(saved.params, saved.tables, strict=True):
+        factors, bias = tables.user_factors[:n_users], tables.user_bias[:n_users]
+        told = factors.new_zeros(factors.shape[1] + head.n_outputs).double()
+        if "implicit" in kinds:
+            first = n_users if "id" in kinds else 0
+            starts, columns, values = saved.features[0]
+            is_implicit = (columns >= first) & (columns < first + n_items)
+            users = starts, columns, values * is_implicit
+            part = model.embed(params, model.Features(users, saved.features[1], None, None))
+            factors, bias = factors - part.user_factors[:n_users], bias - part.user_bias[:n_users]
+            told = torch.cat(
+                [table[first + items].reshape(len(items), -1) for table in params[::2]], 1
+            )
+            told = told.double().sum(0) / max(len(items), 1) ** 0.5
+        prior = model.find_prior(factors[is_trained], bias[is_trained])
+        item_bias = tables.item_bias[items]
+        if context is not None:  # of each rating's moment; it adds to the user's row
+            n_context = context.shape[1]
+            of_factors, of_bias = (table[-n_context:] for table in params[::2])
+            dot = ((context @ of_factors) * tables.item_factors[items]).sum(1)
+            item_bias = item_bias + context @ of_bias
+            item_bias = item_bias + (dot.unsqueeze(1) if head.n_outputs > 1 else dot)
+        row, row_bias = model.fold_in(
+            tables.item_factors[items],
+            item_bias,
+            ratings,
+            prior=prior._replace(mean=prior.mean + told),
+            head=head,
+            noise=noise,
+        )
+        # The rows of the moment's features stay behind the users', for `model.predict`.
+        user_factors = torch.cat([row.unsqueeze(0), tables.user_factors[n_users:]])
+        user_bias = torch.cat([row_bias.unsqueeze(0), tables.user_bias[n_users:]])
+        folded.append(tables._replace(user_factors=user_factors, user_bias=user_bias))
+    return folded
+
+
+def find_similar(saved, item, *, n=10):
+    """The `n` items most like one, by the cosine of their factors: a list of `Similar`.
+
+    The item is given as to `find_item`. Items without training ratings are left out.
+    """
+    import model
+
+    row = find_item(saved, item)
+    cosines = model.find_similar([tables.item_factors for tables in saved.tables], row)
+    cosines[row] = -math.inf
+    cosines[count_ratings(saved) == 0] = -math.inf
+    values, rows = cosines.topk(min(n, len(cosines)))
+    return [
+        Similar(saved.item_ids[row], find_title(saved, row), value)
+        for row, value in zip(rows.tolist(), values.tolist(), strict=True)
+        if value > -math.inf
+    ]
+
+
+class Similar(NamedTuple):
+    """An item by its raw id, its title, and the cosine of its factors with those asked for."""
+
+    item: int | str
+    title: str
+    similarity: float
+
+
+class Liking(NamedTuple):
+    """An item by its raw id, its title, what its bias alone predicts, its training ratings."""
+
+    item: int | str
+    title: str
+    rating: float
+    n_ratings: int
+
+
+def interpret(saved, *, n=10):
+    """The `n` items liked most and the `n` liked least whoever rates: two lists of `Liking`.
+
+    By the item's bias, said as the rating that it predicts with the average user's bias and without
+    factors. Items without training ratings are left out.
+    """
+    import torch
+
+    head, total = make_head(*saved.head), 0.0
+    n_users = len(saved.user_ids)
+    for tables in saved.tables:
+        total = total + head.predict(tables.user_bias[:n_users].mean(0) + tables.item_bias)
+    ratings, counts = total / len(saved.tables), count_ratings(saved)
+    rows = torch.argsort(ratings, descending=True, stable=True)
+    rows = rows[counts[rows] > 0].tolist()
+    return tuple(
+        [
+            Liking(saved.item_ids[r], find_title(saved, r), ratings[r].item(), counts[r].item())
+            for r in part
+        ]
+        for part in (rows[:n], rows[::-1][:n])
+    )
+
+
+def describe_model(saved):
+    """What a model is and was trained on: a dict of the figures, its size and its scale."""
+    figures = {name: value for name, value in saved.figures.items() if name != "epochs"}
+    return {
+        "format": FORMAT,
+        "rating_range": list(saved.clip),
+        "n_members": len(saved.params),
+        "n_parameters": sum(table.numel() for params in saved.params for table in params),
+        "has_titles": saved.titles is not None,
+        **figures,
+    }
+
+
+def find_lr(training, *, n_steps=100, lr_min=1e-7, lr_max=10.0):
+    """fastai's range test for a training: a dict of lrs, losses (smoothed), valley and steepest.
+
+    One member of the ensemble takes up to `n_steps` steps at an lr that grows from `lr_min` to
+    `lr_max`, until the loss has blown up; see `train.find_lr` and `schedule.suggest_lr`.
+    """
+    import torch
+
+    import model
+    import schedule
+    import train
+
+    seed = training.figures["seed"]
+    job = make_job(training.task, options=training.options, seed=seed)
+    head, generator = make_head(*job.head), torch.Generator().manual_seed(seed)
+    n_factors = job.options["n_factors"]
+    params = model.init_params(
+        *job.sizes, n_factors=n_factors, n_outputs=head.n_outputs, generator=generator
+    )
+    pace = schedule.exponential(n_steps, lr_min=lr_min, lr_max=lr_max)
+    losses = train.find_lr(
+        params,
+        *job.columns,
+        n_steps=n_steps,
+        batch_size=min(job.options["batch_size"], job.n_rows),
+        generator=generator,
+        **make_dense(job, pace, head=head, generator=generator),
+    ).tolist()
+    lrs = [pace(step).lr for step in range(len(losses))]
+    suggested = schedule.suggest_lr(lrs, losses, n_steps=n_steps)
+    return {"lrs": lrs, "losses": losses, **suggested._asdict()}
+
+
+def save_checkpoint(path, training, epochs, rows, arguments):
+    """Write what `resume` goes on from: each member's state after the last of `rows`."""
+    content = {
+        "format": CHECKPOINT,
+        "arguments": arguments,
+        "fingerprint": find_fingerprint(training),
+        "rows": rows,
+        "params": [tuple(map(clone, epoch.params)) for epoch in epochs],
+        "states": [epoch.state for epoch in epochs],
+    }
+    save(path, content)
+
+
+def load_checkpoint(path):
+    """What `save_checkpoint` wrote, a dict. ValueError, naming the file, for anything else."""
+    import torch
+
+    with _refusing(path, "checkpoint"):
+        content = load(path, CHECKPOINT)
+        names = {"arguments", "fingerprint", "rows", "params", "states"}
+        if set(content) != names or not content["rows"]:
+            raise ValueError("its parts are not those of a checkpoint")
+        for *_, generator in content["states"]:
+            torch.Generator().set_state(generator)  # whose errors would come in the loop
+        return content
+
+
+def find_fingerprint(training):
+    """SHA-256 of all that the course of a training depends on: options, seed, tensors."""
+    digest = hashlib.sha256(repr((training.options, training.figures["seed"])).encode())
+    for tensor in (*training.task.train, *training.task.test):
+        digest.update(tensor.numpy())
+    return digest.hexdigest()
+
+
+def picture(path, figure):
+    """Write a matplotlib figure to a .png or .svg file."""
+    import data
+
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:].lower())
+    data.write_file(path, content.getvalue())
+
+
+def start_figure(n_columns=1, *, width=8.0, height=4.8):
+    """A matplotlib figure with empty axes side by side. ValueError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure  # no pyplot: no window, nothing global
+    except ImportError:
+        raise ValueError("pictures need matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
+    axes = figure.subplots(1, n_columns, squeeze=False)[0]
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)
+        each.grid(alpha=0.25, linewidth=0.6)
+    return figure, axes
+
+
+def plot_runs(runs):
+    """Learning curves, lr and momentum of trainings: `runs` maps names to their `--metrics`."""
+    import schedule
+    import train
+
+    figure, (errors, losses, lrs) = start_figure(3, width=14.0, height=4.4)
+    momenta = lrs.twinx()
+    momenta.spines["top"].set_visible(False)
+    for number, (name, run) in enumerate(runs.items()):
+        color, options = f"C{number % 10}", run["options"]
+        epochs = [row["epoch"] for row in run["epochs"]]
+        for axes, key in ((errors, "mse"), (losses, "train_loss")):
+            values = [row[key] for row in run["epochs"]]
+            axes.plot(epochs, values, color=color, marker="o", markersize=3.5, label=name)
+        n_batches = train.count_batches(
+            run["n_train"], options["batch_size"], drop_last=options["drop_last"]
+        )
+        n_steps = options["epochs"] * n_batches
+        steps = sorted({*range(0, n_steps, max(n_steps // 500, 1)), n_steps - 1})
+        paces = [schedule.one_cycle(n_steps, lr_max=options["lr_max"])(step) for step in steps]
+        lrs.plot(steps, [pace.lr for pace in paces], color=color, label=name)
+        momenta.plot(steps, [pace.momentum for pace in paces], color=color, linestyle=":")
+    errors.set(xlabel="epoch", ylabel="test MSE", title="Error on the test part")
+    losses.set(xlabel="epoch", ylabel="loss", title="Loss in training")
+    lrs.set(xlabel="step", ylabel="learning rate (solid)", title="Schedule")
+    momenta.set_ylabel("momentum (dotted)")
+    for axes in (errors, losses):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    errors.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def plot_lr(found):
+    """The curve of `find_lr`, with both suggestions."""
+    figure, (axes,) = start_figure()
+    axes.plot(found["lrs"], found["losses"], color="C0")
+    for name, color in (("valley", "C1"), ("steepest", "C2")):
+        place = found["lrs"].index(min(found["lrs"], key=lambda lr: abs(lr - found[name])))
+        label = f"{name} {found[name]:.2g}"
+        axes.plot(found[name], found["losses"][place], "o", color=color, label=label)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="smoothed loss")
+    axes.set_title("Learning-rate range test")
+    axes.legend(frameon=False)
+    return figure
+
+
+def plot_map(saved, *, n_labels=60):
+    """Items by their first two principal components, the most rated ones labelled.
+
+    The area of a dot goes with the item's ratings. A label that would cover another is left out.
+    """
+    import model
+
+    counts = count_ratings(saved)
+    rows = counts.argsort(descending=True, stable=True)[:2_000]
+    rows = rows[counts[rows] > 0]
+    places = model.find_components([tables.item_factors for tables in saved.tables])[rows]
+    figure, (axes,) = start_figure(width=12.0, height=9.0)
+    sizes = 60 * (counts[rows] / counts.max()).numpy() + 2
+    axes.scatter(*places.T.numpy(), s=sizes, color="C0", alpha=0.35, linewidths=0)
+    axes.set(xlabel="first principal component", ylabel="second principal component")
+    axes.set_title(f"The {len(rows):,} most rated items by what their raters have in common")
+    axes.margins(0.06)
+    titles = [shorten(find_title(saved, row)) for row in rows[:n_labels].tolist()]
+    place_labels(figure, axes, places[:n_labels].tolist(), titles)
+    return figure
+
+
+def shorten(title, longest=34):
+    """A title for a label: cut with an ellipsis, and never read as a formula."""
+    title = title if len(title) <= longest else title[: longest - 1] + "…"
+    return title.replace("$", r"\$")
+
+
+def place_labels(figure, axes, places, texts):
+    """Write each text beside its place where it covers none before it, else nowhere."""
+    figure.draw_without_rendering()  # the axes have their place only then
+    figure.set_layout_engine("none")
+    taken, frame = [], axes.get_window_extent()
+    for place, text in zip(places, texts, strict=True):
+        for x, y, align in ((4, 3, "left"), (-4, 3, "right"), (4, -9, "left"), (-4, -9, "right")):
+            label = axes.annotate(
+                text, place, xytext=(x, y), textcoords="offset points", ha=align, fontsize=7
+            )
+            box = label.get_window_extent().expanded(1.02, 1.1)
+            is_inside = frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
+            if is_inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            label.remove()
+
+
+def plot_likings(most, least):
+    """What `interpret` returns, a line an item, from the most liked to the least."""
+    rows = [*least, *reversed(most)]
+    figure, (axes,) = start_figure(width=9.0, height=1.2 + 0.26 * len(rows))
+    colors = ["C3"] * len(least) + ["C0"] * len(most)
+    axes.scatter([row.rating for row in rows], range(len(rows)), color=colors, s=28, zorder=3)
+    axes.set_yticks(range(len(rows)), [shorten(row.title, 48) for row in rows], fontsize=8)
+    for place, row in enumerate(rows):
+        text = f"{row.rating:.2f}, {row.n_ratings:,} ratings"
+        offset = {"xytext": (6, 0), "textcoords": "offset points"}
+        axes.annotate(text, (row.rating, place), va="center", fontsize=7, **offset)
+    axes.set(xlabel="rating that the item's bias predicts")
+    axes.set_title("The items liked most and least, whoever rates")
+    low, high = (end(row.rating for row in rows) for end in (min, max))
+    margin = 0.05 * (high - low) + 0.05
+    axes.set_xlim(low - margin, high + 5 * margin)
+    return figure
 
 
 def _finite(context, parameter, value):
@@ -450,6 +1531,42 @@ def _notice(line):
         click.echo(" ".join(line.splitlines()), err=True)  # a file may have any name
 
 
+@contextmanager
+def _usage():
+    """A ValueError of what the command line says is wrong usage, with exit status 2."""
+    try:
+        yield
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _ending(*endings):
+    """A callback: a file's name that ends so."""
+
+    def check(context, parameter, value):
+        if value is not None and value.suffix.lower() not in endings:
+            raise click.BadParameter(f"'{value}' does not end in {' or '.join(endings)}.")
+        return value
+
+    return check
+
+
+def packed(name, options):
+    """A decorator: the command has `options`, by name, and gets their values in one dict."""
+
+    def decorate(command):
+        @wraps(command)
+        def unpacked(**given):
+            values = {each: given.pop(each) for each in options}
+            return command(**{name: values}, **given)
+
+        for option in reversed(options.values()):
+            unpacked = option(unpacked)
+        return unpacked
+
+    return decorate
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def cli():
     """Collaborative filtering in plain PyTorch."""
@@ -457,30 +1574,51 @@ def cli():
 
 FILE = click.Path(path_type=Path)
 POSITIVE = click.FloatRange(0, min_open=True)
-MODEL_OPTIONS = [
-    click.option("--dataset", type=click.Choice(DATASETS), help="A MovieLens.  [default: ml-100k]"),
-    click.option(
+COLUMN_OPTIONS = {
+    f"{name}_column": click.option(
+        f"--{name}-column", metavar="NAME", help=f"The {name} column's name in the files' headers."
+    )
+    for name in ("user", "item", "rating", "time")
+}
+DATA_OPTIONS = {
+    "dataset": click.option(
+        "--dataset", type=click.Choice(DATASETS), help="A MovieLens.  [default: ml-100k]"
+    ),
+    "ratings": click.option(
         "--ratings",
-        "source",
         type=FILE,
-        help="Instead: a file of user, item, rating[, timestamp]; a MovieLens's folder or zip.",
+        help="Instead: a table of user, item, rating[, time] (CSV, TSV, Parquet ..., also .gz), or"
+        " a MovieLens's folder or zip.",
     ),
-    click.option("--data-dir", type=FILE, help="Folder of the data.  [default: the user's cache]"),
-    click.option(
-        "--recipe",
-        type=click.Choice(list(RECIPES)),
-        default="default",
-        show_default=True,
-        help="A named set of defaults for the options from --features to --bias-decay.",
+    "users": click.option("--users", type=FILE, help="A table of what is known of the users."),
+    "items": click.option("--items", type=FILE, help="The same for items; titles are shown."),
+    **COLUMN_OPTIONS,
+    "rating_range": click.option(
+        "--rating-range",
+        nargs=2,
+        type=float,
+        callback=_interval,
+        metavar="LOW HIGH",
+        help="Of the scale; a rating outside is an error.  [default: that of the ratings]",
     ),
-    click.option(
+    "allow_similar_ids": click.option(
+        "--allow-similar-ids", is_flag=True, help="Ids may differ in case or spaces alone."
+    ),
+    "data_dir": click.option(
+        "--data-dir", type=FILE, help="Folder of the data.  [default: the user's cache]"
+    ),
+}
+RECIPE_OPTIONS = {
+    "features": click.option(
         "--features",
         callback=_names(FEATURES),
         metavar="NAMES",
         help=f"What a row is made of: {','.join(FEATURES)}, or some of them.",
     ),
-    click.option("--loss", type=click.Choice(["mse", "ordinal"]), help="What is differentiated."),
-    click.option(
+    "loss": click.option(
+        "--loss", type=click.Choice(["mse", "ordinal"]), help="What is differentiated."
+    ),
+    "y_range": click.option(
         "--y-range",
         nargs=2,
         type=float,
@@ -488,79 +1626,112 @@ MODEL_OPTIONS = [
         metavar="LOW HIGH",
         help="Bounds of a prediction, of the sigmoid that makes it (loss mse).",
     ),
-    click.option("--n-factors", type=click.IntRange(1, 2**16), help="Latent size."),
-    click.option(
+    "n_factors": click.option("--n-factors", type=click.IntRange(1, 2**16), help="Latent size."),
+    "dropout": click.option(
         "--dropout",
         type=click.FloatRange(0, 1, max_open=True),
         callback=_finite,
         help="Share of the products of factors left out of a prediction in training.",
     ),
-    click.option("--ensemble", type=click.IntRange(1, 1000), help="Models to average."),
-    click.option("--epochs", type=click.IntRange(1, 10**6), help="Passes over the training part."),
-    click.option("--batch-size", type=click.IntRange(1, 2**31), help="Ratings a step."),
-    click.option("--drop-last/--keep-last", default=None, help="Leave out an incomplete batch?"),
-    click.option("--lr-max", type=POSITIVE, callback=_finite, help="Step size at the peak."),
-    click.option(
+    "ensemble": click.option("--ensemble", type=click.IntRange(1, 1000), help="Models to average."),
+    "epochs": click.option(
+        "--epochs", type=click.IntRange(1, 10**6), help="Passes over the training part."
+    ),
+    "batch_size": click.option(
+        "--batch-size", type=click.IntRange(1, 2**31), help="Ratings a step."
+    ),
+    "drop_last": click.option(
+        "--drop-last/--keep-last", default=None, help="Leave out an incomplete batch?"
+    ),
+    "lr_max": click.option(
+        "--lr-max", type=POSITIVE, callback=_finite, help="Step size at the peak."
+    ),
+    "weight_decay": click.option(
         "--weight-decay",
         type=click.FloatRange(0),
         callback=_finite,
         help="Decoupled: a step takes the share lr times this off every factor.",
     ),
-    click.option(
+    "bias_decay": click.option(
         "--bias-decay", type=click.FloatRange(0), callback=_finite, help="The same for the biases."
     ),
-    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
-    click.option(
-        "--threads",
-        type=click.IntRange(1, os.cpu_count()),
-        default=1,
-        show_default=True,
-        help="Of torch, in each process; one is fastest for small batches.",
-    ),
-    click.option("--metrics", type=FILE, help="Write the figures here, as JSON."),
-]
+}
 
 
-def with_model_options(command):
-    for option in reversed(MODEL_OPTIONS):
+def with_training_options(command):
+    """The options of every command that trains: data, recipe, seed and threads."""
+    for option in (
+        click.option(
+            "--threads",
+            type=click.IntRange(1, os.cpu_count()),
+            default=1,
+            show_default=True,
+            help="Of torch, in each process; one is fastest for small batches.",
+        ),
+        click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
+        packed("given", RECIPE_OPTIONS),
+        click.option(
+            "--recipe",
+            type=click.Choice(list(RECIPES)),
+            default="default",
+            show_default=True,
+            help="A named set of defaults for the options from --features to --bias-decay.",
+        ),
+        packed("where", DATA_OPTIONS),
+    ):
         command = option(command)
     return command
 
 
-def choose_options(recipe, given):
-    """The recipe's options with those given over them. UsageError where they do not go together."""
-    options = RECIPES[recipe] | {name: value for name, value in given.items() if value is not None}
-    if options["loss"] == "ordinal" and given["y_range"] is not None:
-        raise click.UsageError("--y-range goes with --loss mse.")
-    if options["loss"] == "mse" and options["y_range"] is None:
-        raise click.UsageError("--loss mse needs --y-range.")
-    lr_max, decay = options["lr_max"], max(options["weight_decay"], options["bias_decay"])
-    if lr_max * decay >= 1:
-        raise click.UsageError(f"--lr-max {lr_max:g} times a decay of {decay:g} is not below 1.")
-    return options
+def with_split_options(command):
+    """The options of a command that trains on one split."""
+    for option in (
+        click.option(
+            "--holdout",
+            type=click.FloatRange(0, 1, min_open=True, max_open=True),
+            callback=_finite,
+            help="Test on this share of the training part instead; the test part is not read.",
+        ),
+        click.option("--allow-overlap", is_flag=True, help="--test may share pairs with training."),
+        click.option("--test", type=FILE, help="Test on the ratings of this file; no split."),
+        click.option(
+            "--split",
+            callback=_split,
+            metavar="NAME",
+            help="ua, ub, u1 to u5 (ml-100k only), random, or last1, last10 ...: each user's last"
+            " by time.  [default: ua for ml-100k, else random]",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
-def choose_dataset(dataset, source):
-    """The data set's name, None with ratings of the user's own. UsageError for both."""
-    if dataset is not None and source is not None:
-        raise click.UsageError(f"--dataset {dataset} and --ratings {source} are two data sets.")
-    return dataset or (DATASETS[0] if source is None else None)
+METRICS = click.option("--metrics", type=FILE, help="Write the figures here, as JSON.")
+MODEL = click.argument("path", metavar="MODEL", type=FILE)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+NUMBER = click.option("-n", "n", type=click.IntRange(1, 10**6), default=10, show_default=True)
+PICTURE = {"type": FILE, "callback": _ending(".png", ".svg"), "metavar": "FILE.png|.svg"}
+TABLE = {"type": FILE, "callback": _ending(".csv", ".tsv", ".parquet")}
+ALLOW_UNKNOWN = click.option(
+    "--allow-unknown", is_flag=True, help="Unknown users and items count as average ones."
+)
 
 
-def scale_decay(recipe, given, *, n_rows):
-    """The recipe's decays, but for those given, for `n_rows` users and items of other data.
-
-    A row is in fewer of the batches the more rows there are, and decays at every step: a decay that
-    goes with 1 / n_rows takes the same share off it between two of them. None is above the
-    recipe's.
-    """
-    scale = min(ML_100K_ROWS / n_rows, 1.0)
-    names = [name for name in ("weight_decay", "bias_decay") if given[name] is None]
-    return {name: RECIPES[recipe][name] * scale for name in names}
+def choose_columns(values):
+    """The `columns` of `data.read_ratings` from the values of `COLUMN_OPTIONS`."""
+    names = {"user": "user", "item": "item", "rating": "rating", "time": "timestamp"}
+    columns = {name: values[f"{option}_column"] for option, name in names.items()}
+    return {name: column for name, column in columns.items() if column is not None}
 
 
-def start(threads, dataset, source, data_dir, paths):
-    """What every command does first: check, fetch, read. Returns ratings, users, items."""
+def read_options(where):
+    """What `read` takes, from the values of `DATA_OPTIONS`."""
+    rest = {name: value for name, value in where.items() if name not in COLUMN_OPTIONS}
+    return rest | {"columns": choose_columns(where)}
+
+
+def start(threads, paths):
+    """What a command that trains does first: threads, and that its results can be written."""
     import torch
 
     import data
@@ -568,113 +1739,127 @@ def start(threads, dataset, source, data_dir, paths):
     for path in filter(None, paths):
         data.check_writable(path)  # said now, not after the training
     torch.set_num_threads(threads)
-    if source is None:
-        source = data.get_dataset(dataset, data_dir, notice=_notice)
-    return data.read_ratings(source), data.read_users(source), data.read_items(source)
+
+
+def check_usage(recipe, given, where, paths=()):
+    """UsageError for options that do not go together, before anything is read."""
+    with _usage():
+        choose_options(recipe, given)
+        choose_dataset(where["dataset"], where["ratings"])
+    names = [path.resolve() for path in paths if path is not None]
+    if len(set(names)) < len(names):
+        twice = next(path for path in filter(None, paths) if names.count(path.resolve()) > 1)
+        raise click.UsageError(f"two of the results are both {twice}.")
 
 
 @cli.command("train")
+@with_split_options
+@with_training_options
+@METRICS
+@click.option("--save", "save_to", type=FILE, help="Write the model to this file.")
+@click.option("--checkpoint", type=FILE, help="Write to this file, after each epoch, its state.")
 @click.option(
-    "--split",
-    callback=_split,
-    metavar="NAME",
-    help="ua, ub, u1 to u5 (ml-100k only), random, or last1, last10 ...: each user's last by time."
-    "  [default: ua for ml-100k, else random]",
+    "--resume", type=FILE, help="Go on from this checkpoint, and keep it up unless --checkpoint."
 )
-@click.option(
-    "--holdout",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    callback=_finite,
-    help="Test on this share of the training part instead; the test part is not read.",
-)
-@with_model_options
-@click.option("--save", type=FILE, help="Write the model to this file.")
-def train_command(
-    dataset, source, data_dir, split, holdout, recipe, seed, threads, save, metrics, **given
-):
+@click.pass_context
+def train_command(context, threads, save_to, metrics, checkpoint, resume, **arguments):
     """Train a model, printing its error on the test part after each epoch.
 
     Under torchrun each process has a share of the ratings, and the result is that of one.
     """
-    options = choose_options(recipe, given)
-    dataset = choose_dataset(dataset, source)
-    split = split or ("ua" if dataset == "ml-100k" else "random")
-    if save is not None and metrics is not None and save.resolve() == metrics.resolve():
-        raise click.UsageError(f"--save and --metrics are both {save}.")
+    point = None
+    if resume is not None:
+        point = load_checkpoint(resume)
+        refuse_given(context, {"resume", "checkpoint", "save_to", "metrics", "threads"})
+        arguments, checkpoint = point["arguments"], checkpoint or resume
+    where, given = arguments["where"], arguments["given"]
+    check_usage(arguments["recipe"], given, where, (save_to, metrics, checkpoint))
     rank, n_processes = find_processes()
+    if n_processes > 1 and checkpoint is not None:
+        raise click.UsageError(f"--checkpoint is of one process, not of {n_processes}.")
     if n_processes > 1:
         join_processes()
     started = time.perf_counter()
     if rank > 0:
         return follow(threads)
-    ratings, *about = start(threads, dataset, source, data_dir, (save, metrics))
-    is_given = given["features"] is not None
-    options["features"] = choose_features(options["features"], ratings, *about, is_given=is_given)
-    if "time" not in options["features"] and not split.startswith("last"):
-        ratings = ratings.drop("timestamp", strict=False)
-    frames = cut(ratings, split, seed=seed, holdout=holdout)
-    del ratings  # of 25 million, half a gigabyte; and so are the frames
-    task = prepare(*frames, options["features"], users=about[0], items=about[1])
-    del frames
-    if dataset != "ml-100k":
-        options |= scale_decay(recipe, given, n_rows=sum(map(len, task.ids)))
-    choose_head(task.train[2], options)  # its errors come before the table
+    start(threads, (save_to, metrics, checkpoint))
+    names = ("recipe", "split", "holdout", "seed", "allow_overlap")
+    training = set_up(
+        read(**read_options(where), test=arguments["test"], notice=_notice),
+        **{name: arguments[name] for name in names},
+        **given,
+    )
     load_seconds = time.perf_counter() - started
-    if unseen := describe_unseen(task):
+    if unseen := describe_unseen(training.task):
         _notice(unseen)
-
-    tested = "test" if holdout is None else "held"
+    rows, go_on, members = [], None, []
+    if point is not None:
+        if point["fingerprint"] != find_fingerprint(training):
+            raise ValueError(f"{resume}: the ratings are not those that it was trained on")
+        rows, go_on, members = point["rows"], (len(point["rows"]), point["states"]), point["params"]
+        _notice(f"{resume}: going on after epoch {len(rows)} of {training.options['epochs']}")
+    tested = "test" if arguments["holdout"] is None else "held"
     click.echo(f"epoch | train_loss | {tested}_mse | {tested}_rmse | {tested}_mae |    time")
-    epochs = fit(task, options=options, seed=seed, n_processes=n_processes)
-    members, rows = show_epochs(epochs, options["epochs"])
-    evaluate_seconds = sum(row.pop("evaluate_seconds") for row in rows)
-    figures = {
-        "recipe": recipe,
-        "dataset": dataset or str(source),
-        "split": split,
-        "seed": seed,
-        "options": options,
-        "n_users": len(task.ids.users),
-        "n_items": len(task.ids.items),
-        "n_train": len(task.train[2]),
-        "n_test": len(task.test[2]),
-        "epochs": rows,
-        **{name: rows[-1][name] for name in ("mse", "rmse", "mae")},
-        "fit_seconds": sum(row["seconds"] for row in rows),
-        "evaluate_seconds": evaluate_seconds,
-        "load_seconds": load_seconds,
-    }
-    where = split
+    options = {"options": training.options, "seed": arguments["seed"], "clip": training.clip}
+    epochs = fit_epochs(training.task, **options, n_processes=n_processes, resume=go_on)
+    for done, row in show_epochs(epochs, training, rows):
+        rows.append(row)
+        members = [epoch.params for epoch in done]
+        if checkpoint is not None:
+            save_checkpoint(checkpoint, training, done, rows, arguments)
+    figures = conclude(training, rows) | {"load_seconds": load_seconds}
     if n_processes > 1:
         figures["processes"] = n_processes
-    if holdout is not None:
-        figures["holdout"] = holdout
-        where = f"{holdout:g} of the training part of {split}"
+    place = figures["split"]
+    if arguments["holdout"] is not None:
+        place = f"{arguments['holdout']:g} of the training part of {place}"
     result = (
         "{} mse {mse:.4f}, rmse {rmse:.4f}, mae {mae:.4f} on {}, trained in {fit_seconds:.2f} s"
     )
-    click.echo(result.format(tested, where, **figures))
-    if save is not None:
-        save_model(save, members, task, figures)
+    click.echo(result.format(tested, place, **figures))
+    if save_to is not None:
+        save_model(save_to, make_model(training, members, figures))
     if metrics is not None:
         save_json(metrics, figures)
 
 
-def show_epochs(epochs, n_epochs):
-    """Print a line after each epoch, with a bar below on a terminal. Returns members and rows."""
+def refuse_given(context, allowed):
+    """UsageError for an option on the command line that is not one of those `allowed`."""
+    for parameter in context.command.params:
+        is_given = context.get_parameter_source(parameter.name).name == "COMMANDLINE"
+        if is_given and parameter.name not in allowed:
+            raise click.UsageError(f"{parameter.opts[0]} is the checkpoint's, with --resume.")
+
+
+def show_epochs(epochs, training, rows):
+    """Pass on `epochs`, printing a line for each, first for `rows`; a bar below on a terminal."""
     line = (
         "{epoch:5} | {train_loss:10.4f} | {mse:8.4f} | {rmse:9.4f} | {mae:8.4f} | {seconds:5.2f} s"
     )
-    members, rows = [], []
-    is_terminal = sys.stderr is not None and sys.stderr.isatty()
-    with click.progressbar(length=n_epochs, file=sys.stderr, hidden=not is_terminal) as bar:
-        for members, row in epochs:  # noqa: B007
-            if is_terminal:  # the bar makes room for the line
+    for row in rows:
+        click.echo(line.format_map(row))
+    n_ratings = training.figures["n_train"] * training.options["ensemble"]
+    bar = _progress(training.options["epochs"], label="epochs")
+    with bar:
+        bar.update(len(rows))
+        for done, row in epochs:
+            if not bar.hidden:  # the bar makes room for the line
                 click.echo("\r\033[K", nl=False, err=True)
             click.echo(line.format_map(row))
-            rows.append(row)
-            bar.update(1)
-    return members, rows
+            yield done, row
+            bar.update(1, f"{n_ratings / row['seconds']:,.0f} ratings/s")
+
+
+def _progress(length, label):
+    """A progress bar on stderr with the remaining time, hidden where that is no terminal."""
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    return click.progressbar(
+        length=length,
+        label=label,
+        file=sys.stderr,
+        hidden=not is_terminal,
+        item_show_func=lambda text: text,
+    )
 
 
 @cli.command("cross-validate")
@@ -687,51 +1872,43 @@ def show_epochs(epochs, n_epochs):
 @click.option(
     "--folds", type=click.IntRange(2), help="Cut the ratings into this many, by --seed, instead."
 )
-@with_model_options
-def cross_validate_command(
-    dataset, source, data_dir, splits, folds, recipe, seed, threads, metrics, **given
-):
+@with_training_options
+@METRICS
+def cross_validate_command(splits, folds, where, recipe, given, seed, threads, metrics):
     """Train and test on several splits, printing each one's error, the mean and the spread."""
-    options = choose_options(recipe, given)
+    check_usage(recipe, given, where)
     if (n_processes := find_processes()[1]) > 1:
         raise click.UsageError(f"cross-validate is of one process, not of {n_processes}.")
     if folds and splits:
         raise click.UsageError("--splits and --folds do not go together.")
-    dataset = choose_dataset(dataset, source)
-    ratings, *about = start(threads, dataset, source, data_dir, (metrics,))
-    is_given = given["features"] is not None
-    options["features"] = choose_features(options["features"], ratings, *about, is_given=is_given)
+    start(threads, (metrics,))
+    found = read(**read_options(where), notice=_notice)
 
     import data
 
     if folds:
-        cuts = enumerate(data.fold(ratings, folds, seed=seed), 1)
+        cuts = enumerate(data.fold(found.ratings, folds, seed=seed), 1)
         parts = ((f"{number}/{folds}", frames) for number, frames in cuts)
     else:
         splits = splits or ("u1", "u2", "u3", "u4", "u5")
-        parts = ((name, data.split(ratings, name)) for name in splits)
+        parts = ((name, data.split(found.ratings, name)) for name in splits)
     click.echo(" fold | test_rmse | test_mae |    time")
     rows = []
-    for name, frames in parts:
-        task = prepare(*frames, options["features"], users=about[0], items=about[1])
-        if dataset != "ml-100k":
-            options |= scale_decay(recipe, given, n_rows=sum(map(len, task.ids)))
-        if unseen := describe_unseen(task):
+    for name, (ratings, test) in parts:
+        part = found._replace(ratings=ratings, test=test)
+        training = set_up(part, recipe=recipe, seed=seed, **given)
+        if unseen := describe_unseen(training.task):
             _notice(f"{name}: {unseen}")
         seconds = 0.0
-        for _, row in fit(task, options=options, seed=seed):
+        options = {"options": training.options, "seed": seed, "clip": training.clip}
+        for _, row in fit(training.task, **options):
             seconds += row["seconds"]
         rows.append(
             {"fold": name, **{n: row[n] for n in ("mse", "rmse", "mae")}, "seconds": seconds}
         )
         click.echo("{fold:>5} | {rmse:9.4f} | {mae:8.4f} | {seconds:5.2f} s".format_map(rows[-1]))
-    figures = {
-        "recipe": recipe,
-        "dataset": dataset or str(source),
-        "seed": seed,
-        "options": options,
-        "folds": rows,
-    }
+    names = ("recipe", "dataset", "seed", "options")
+    figures = {name: training.figures[name] for name in names} | {"folds": rows}
     for name in ("rmse", "mae"):
         values = [row[name] for row in rows]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -743,69 +1920,303 @@ def cross_validate_command(
         save_json(metrics, figures)
 
 
+@cli.command("lr-find")
+@with_split_options
+@with_training_options
+@click.option("--plot", "plot_to", **PICTURE, help="Draw the curve.")
+@JSON
+def lr_find_command(where, recipe, given, threads, test, plot_to, as_json, **settings):
+    """Suggest an --lr-max: fastai's range test, one short run at a growing learning rate."""
+    check_usage(recipe, given, where)
+    start(threads, (plot_to,))
+    found = read(**read_options(where), test=test, notice=_notice)
+    curve = find_lr(set_up(found, recipe=recipe, **settings, **given))
+    if plot_to is not None:
+        picture(plot_to, plot_lr(curve))
+    if as_json:
+        return echo_json(curve)
+    click.echo("valley   {valley:.2g}\nsteepest {steepest:.2g}".format_map(curve))
+
+
 def save_json(path, figures):
     import data
 
     data.write_file(path, (json.dumps(figures, indent=1, allow_nan=False) + "\n").encode())
 
 
-FORMAT = "collab 1"  # of a saved model
+def echo_json(value):
+    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
-def save_model(path, members, task, figures):
-    """Write all that predictions need: the members' tables, features, raw ids, options, figures."""
-    import torch
+@cli.command("evaluate")
+@MODEL
+@click.option("--ratings", type=FILE, help="Of this table, not of the test part of the training.")
+@packed("columns", COLUMN_OPTIONS)
+@click.option(
+    "--ranking", is_flag=True, help="How well the top of each user's list is chosen, too."
+)
+@click.option("-k", "k", type=click.IntRange(1), default=10, show_default=True, help="Its length.")
+@click.option(
+    "--min-rating",
+    type=float,
+    callback=_finite,
+    help="The least rating of an item to be looked for in it.  [default: any]",
+)
+@ALLOW_UNKNOWN
+@click.option(
+    "--allow-overlap", is_flag=True, help="Pairs that the model was trained on may occur."
+)
+@JSON
+def evaluate_command(path, ratings, columns, ranking, k, min_rating, as_json, **allowed):
+    """Print a saved model's error on the test part of its training, or on other ratings."""
+    import data
+
+    saved, frame = load_model(path), None
+    if ratings is not None:
+        frame = data.drop_repeats(data.read_ratings(ratings, columns=choose_columns(columns)))
+    figures = evaluate(
+        saved,
+        frame,
+        source=str(ratings),
+        k=k if ranking else None,
+        min_rating=min_rating,
+        **allowed,
+    )
+    if as_json:
+        return echo_json(figures)
+    place = str(ratings) if ratings is not None else saved.figures["split"]
+    line = "mse {mse:.4f}, rmse {rmse:.4f}, mae {mae:.4f} on {n_test:,} ratings of {place}"
+    click.echo(line.format(place=place, **figures))
+    if ranking:
+        line = (
+            "precision {precision:.4f}, recall {recall:.4f}, ndcg {ndcg:.4f}, "
+            "hit rate {hit_rate:.4f} at {k} over {n_users:,} users"
+        )
+        click.echo(line.format_map(figures))
+
+
+@cli.command("predict")
+@MODEL
+@click.option("--user", help="Its id.")
+@click.option("--item", help="Its id, or a part of its title that no other has.")
+@click.option("--pairs", type=FILE, help="Instead: a table of user, item[, time], of any length.")
+@packed("columns", COLUMN_OPTIONS)
+@click.option("--output", **TABLE, metavar="FILE.csv|.tsv|.parquet", help="For --pairs.")
+@ALLOW_UNKNOWN
+@JSON
+def predict_command(path, user, item, pairs, columns, output, allow_unknown, as_json):
+    """Print the rating that a user will give an item, or write those of a table of pairs."""
+    if pairs is None and (user is None or item is None):
+        raise click.UsageError("Give --user and --item, or --pairs and --output.")
+    if pairs is not None and (output is None or user is not None or item is not None):
+        raise click.UsageError("--pairs goes with --output, not with --user and --item.")
+    if pairs is None:
+        if output is not None:
+            raise click.UsageError("--output goes with --pairs.")
+        saved = load_model(path)
+        rows = find_user(saved, user), find_item(saved, item)
+        return predict_one(saved, *rows, as_json=as_json)
 
     import data
 
-    content = io.BytesIO()
-    saved = {
-        "format": FORMAT,
-        "params": [params._asdict() for params in members],
-        "features": task.features and [tuple(matrix) for matrix in task.features[:2]],
-        "seen": task.seen,
-        "user_ids": task.ids.users.to_list(),
-        "item_ids": task.ids.items.to_list(),
-        "head": choose_head(task.train[2], figures["options"]),
-        "figures": figures,
-    }
-    torch.save(saved, content)
-    data.write_file(path, content.getvalue())
+    data.check_writable(output)
+    saved, n_pairs = load_model(path), 0
+    frames = data.read_pairs(pairs, columns=choose_columns(columns))
+
+    def counted():
+        nonlocal n_pairs
+        for frame in predict_pairs(saved, frames, source=pairs, allow_unknown=allow_unknown):
+            n_pairs += len(frame)
+            yield frame
+
+    data.write_frames(output, counted())
+    if as_json:
+        return echo_json({"n_pairs": n_pairs, "output": str(output)})
+    click.echo(f"{n_pairs:,} predictions in {output}")
 
 
-class Model(NamedTuple):
-    """A saved model, ready for `predict`."""
-
-    members: list  # model.Params with a row a user and a row an item
-    head: tuple  # model.Head
-    user_ids: list  # raw ids by row
-    item_ids: list
-    figures: dict  # what `train --metrics` wrote
-
-
-def load_model(path):
-    """Read what `train --save` wrote. ValueError, naming the file, for anything else."""
+def predict_one(saved, user, item, *, as_json):
+    """Print the prediction for a row of users and one of items."""
     import torch
 
-    import model
+    rows, head = (torch.tensor([user]), torch.tensor([item])), make_head(*saved.head)
+    mean, deviation = predict_rows(saved.tables, *rows, head=head)
+    answer = {
+        "user": saved.user_ids[user],
+        "item": saved.item_ids[item],
+        "title": find_title(saved, item),
+        "rating": mean.clamp(*saved.clip).item(),
+        "deviation": deviation.item(),
+    }
+    if as_json:
+        return echo_json(answer)
+    spread = " +- {deviation:.2f}" if len(saved.tables) > 1 else ""
+    click.echo(("{rating:.2f}" + spread + " by {user} for {title}").format_map(answer))
 
-    with open(path, "rb") as file:
+
+@cli.command("recommend")
+@MODEL
+@click.option("--user", help="Its id.")
+@click.option(
+    "--rated",
+    metavar="FILE|ITEM:RATING,...",
+    help="Instead: the ratings of a new user, in a table of item, rating[, time] or as they are.",
+)
+@click.option("--all-users", is_flag=True, help="Instead: for every user, written to --output.")
+@packed("columns", COLUMN_OPTIONS)
+@click.option("--output", **TABLE, metavar="FILE.csv|.tsv|.parquet", help="For --all-users.")
+@NUMBER
+@click.option("--include-seen", is_flag=True, help="Items that the user has rated, too.")
+@JSON
+def recommend_command(path, user, rated, all_users, columns, output, n, include_seen, as_json):
+    """Print the items that a user will like best, of those that the user has not rated."""
+    if sum((user is not None, rated is not None, all_users)) != 1:
+        raise click.UsageError("Give one of --user, --rated and --all-users.")
+    if all_users != (output is not None):
+        raise click.UsageError("--all-users and --output go together.")
+    if all_users:
+        return write_recommendations(path, output, n=n, include_seen=include_seen, as_json=as_json)
+    saved = load_model(path)
+    if rated is not None:
+        asked, rated = {"rated": rated}, read_rated(rated, choose_columns(columns))
+    else:
+        asked = {"user": saved.user_ids[find_user(saved, user)]}
+    found = recommend(saved, user, rated=rated, n=n, include_seen=include_seen)
+    echo_items(found, asked, as_json=as_json)
+
+
+def write_recommendations(path, output, *, n, include_seen, as_json):
+    """`recommend --all-users`."""
+    import data
+
+    data.check_writable(output)
+    saved = load_model(path)
+
+    def shown():
+        with _progress(len(saved.user_ids), label="users") as bar:
+            for frame in recommend_all(saved, n=n, include_seen=include_seen):
+                yield frame
+                bar.update(frame["user"].n_unique())
+
+    data.write_frames(output, shown())
+    if as_json:
+        return echo_json({"n_users": len(saved.user_ids), "output": str(output)})
+    click.echo(f"{n} items for each of {len(saved.user_ids):,} users in {output}")
+
+
+def read_rated(text, columns):
+    """A new user's ratings from `--rated`: a list of (item, rating[, timestamp])."""
+    if (path := Path(text)).exists():
+        import data
+
+        return list(data.read_rated(path, columns=columns).iter_rows())
+    rated = []
+    for pair in text.split(","):
+        item, _, rating = (part.strip() for part in pair.rpartition(":"))
         try:
-            if not zipfile.is_zipfile(file):  # torch's older formats are plain pickles
-                raise ValueError("no zip file")
-            saved = torch.load(path, weights_only=True)
-            if saved["format"] != FORMAT:
-                raise ValueError(f"format {saved['format']!r}, not {FORMAT!r}")
-            members = [model.Params(**params) for params in saved["params"]]
-            if saved["features"] is not None:
-                features = model.Features(*saved["features"], None, None)
-                members = [model.embed(params, features) for params in members]
-            members = [model.fill_unseen(params, *saved["seen"]) for params in members]
-            head = make_head(*saved["head"])
-            return Model(members, head, *(saved[n] for n in ("user_ids", "item_ids", "figures")))
-        except Exception as error:  # whatever a file from elsewhere makes torch raise
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{path}: not a model of this program: {line}") from None
+            rated.append((item, float(rating)))
+        except ValueError:
+            item = ""
+        if not item:
+            raise ValueError(f"--rated {text}: neither a file nor ITEM:RATING,ITEM:RATING")
+    return rated
+
+
+def echo_items(found, asked, *, as_json):
+    """Print items (NamedTuples) as a table with the title last; as JSON with what was asked."""
+    if as_json:
+        return echo_json(asked | {"items": [each._asdict() for each in found]})
+    lines = [[name for name in type(found[0])._fields if name != "title"] + ["title"]]
+    for each in found:
+        values = [value for name, value in each._asdict().items() if name != "title"]
+        cells = [f"{value:.3f}" if isinstance(value, float) else f"{value}" for value in values]
+        lines.append([*cells, each.title])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for *cells, title in lines:
+        cells = (cell.rjust(width) for cell, width in zip(cells, widths, strict=False))
+        click.echo(" | ".join([*cells, title]))
+
+
+@cli.command("similar")
+@MODEL
+@click.option("--item", required=True, help="Its id, or a part of its title that no other has.")
+@NUMBER
+@JSON
+def similar_command(path, item, n, as_json):
+    """Print the items most like one, by the cosine of their factors."""
+    saved = load_model(path)
+    row = find_item(saved, item)
+    asked = {"item": saved.item_ids[row], "title": find_title(saved, row)}
+    echo_items(find_similar(saved, asked["item"], n=n), asked, as_json=as_json)
+
+
+@cli.command("info")
+@MODEL
+@JSON
+def info_command(path, as_json):
+    """Print what a saved model was trained on, with which options, and its figures."""
+    told = describe_model(load_model(path))
+    if as_json:
+        return echo_json(told)
+    for name, value in (told | told.pop("options")).items():
+        value = f"{value:.4f}" if isinstance(value, float) and abs(value) >= 0.1 else value
+        click.echo(f"{name:16} {', '.join(map(str, value)) if isinstance(value, list) else value}")
+
+
+@cli.command("interpret")
+@MODEL
+@NUMBER
+@click.option("--output", **PICTURE, help="Draw them, too.")
+@JSON
+def interpret_command(path, n, output, as_json):
+    """Print the items liked most and least, whoever rates: those of the highest and lowest bias."""
+    saved = load_model(path)
+    most, least = interpret(saved, n=n)
+    if output is not None:
+        picture(output, plot_likings(most, least))
+    if as_json:
+        parts = {"most": most, "least": least}
+        return echo_json({name: [each._asdict() for each in part] for name, part in parts.items()})
+    for part in (most, least):
+        echo_items(part, {}, as_json=False)
+
+
+@cli.command("map")
+@MODEL
+@click.option("--output", **PICTURE, required=True)
+def map_command(path, output):
+    """Draw the items by the first two principal components of their factors."""
+    picture(output, plot_map(load_model(path)))
+
+
+@cli.command("plot")
+@click.argument("paths", metavar="FILE.json...", nargs=-1, required=True, type=FILE)
+@click.option("--output", **PICTURE, required=True)
+def plot_command(paths, output):
+    """Draw the learning curves and schedules of trainings from their --metrics files."""
+    picture(output, plot_runs({path.stem: read_metrics(path) for path in paths}))
+
+
+def read_metrics(path):
+    """What `train --metrics` wrote. ValueError, naming the file, for anything else."""
+    try:
+        figures = json.loads(path.read_bytes())
+        epochs = [
+            [row[name] for name in ("epoch", "mse", "train_loss")] for row in figures["epochs"]
+        ]
+        names = ("batch_size", "drop_last", "epochs", "lr_max")
+        options = [figures["options"][name] for name in names]
+        for number in (*options, figures["n_train"], *(value for row in epochs for value in row)):
+            if not math.isfinite(number):
+                raise ValueError(f"{number} is not finite")
+        if not epochs:
+            raise ValueError("no epochs")
+    except OSError as error:
+        raise OSError(f"{path}: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        why = f"no {error}" if isinstance(error, LookupError) else error
+        raise ValueError(f"{path}: not the figures of a training: {why}") from None
+    return figures
 
 
 def main():

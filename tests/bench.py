@@ -131,7 +131,8 @@ def time_to(task, mse, seeds):
 
 def evaluation(task, params, head):
     """What `collab.fit` does after an epoch."""
-    predict = partial(model.predict, collab.to_rows(params, task), head=head)
+    tables = collab.to_rows(params, task.features, task.seen)
+    predict = partial(model.predict, tables, head=head)
     return train.evaluate(predict, *task.test, clip=(1, 5))
 
 

@@ -70,15 +70,12 @@ def test_the_saved_file_predicts_what_was_reported(run, tmp_path, prepared, reci
     task = prepared(collab.RECIPES[recipe]["features"])
     assert saved.user_ids == task.ids.users.to_list()
     assert saved.item_ids == task.ids.items.to_list()
-    errors = train.evaluate(
-        lambda *rows: collab.predict(saved.members, *rows, head=saved.head)[0],
-        *task.test,
-        clip=(1, 5),
-    )
-    assert errors.mse == pytest.approx(saved.figures["mse"], rel=1e-6)
-    mean, spread = collab.predict(saved.members, *task.test[:2], head=saved.head)
+    errors = collab.evaluate(saved)
+    assert errors["mse"] == pytest.approx(saved.figures["mse"], rel=1e-6)
+    head = collab.make_head(*saved.head)
+    mean, spread = collab.predict_rows(saved.tables, *task.test[:2], head=head)
     assert mean.shape == spread.shape == (9430,)
-    each = [model.predict(params, *task.test[:2], head=saved.head) for params in saved.members]
+    each = [model.predict(params, *task.test[:2], head=head) for params in saved.tables]
     assert torch.allclose(spread, (each[0] - each[1]).abs() / 2, atol=1e-5)
     assert spread.min() >= 0 < spread.max()
 
@@ -97,7 +94,7 @@ class Bomb:
         pickle.dumps(Bomb()),
         Bomb(),
         {"format": "collab 0"},
-        {"format": "collab 1", "params": []},
+        {"format": "collab 2", "params": []},
         {"a": 1},
         5,
     ],
@@ -283,15 +280,15 @@ def test_threads(through_click, threads):
 
 def test_predictions_are_clipped_to_the_training_ratings(prepared):
     """Not to those of the test part: here it has 1 and 5, the training part has not."""
-    part, test_part, ids, seen, features = prepared(("id",))
+    part, test_part, ids, seen, features, _ = prepared(("id",))
     inner = (part[2] > 1) & (part[2] < 5)
     task = collab.Task(tuple(c[inner] for c in part), test_part, ids, seen, features)
     options = collab.RECIPES["default"] | {"epochs": 1}
     *_, (members, row) = collab.fit(task, options=options, seed=0)
     head = model.bounded(*options["y_range"])
-    tables = [collab.to_rows(params, task) for params in members]
+    tables = [collab.to_rows(params, task.features, task.seen) for params in members]
     errors = train.evaluate(
-        lambda *rows: collab.predict(tables, *rows, head=head)[0], *test_part, clip=(2, 4)
+        lambda *rows: collab.predict_rows(tables, *rows, head=head)[0], *test_part, clip=(2, 4)
     )
     assert row["mse"] == errors.mse
 
@@ -807,14 +804,32 @@ def test_ordinal_on_ids_takes_either_step(prepared, fit_dense):
 
 
 def test_the_recipes_decays_go_with_the_number_of_rows():
-    given = {"weight_decay": None, "bias_decay": None}
-    recipe = collab.RECIPES["default"]
-    decays = collab.scale_decay("default", given, n_rows=26_250)
+    recipe, given = collab.RECIPES["default"], {}
+
+    def scale(n_rows):
+        return collab.scale("default", dict(recipe), given, clip=(1.0, 5.0), n_rows=n_rows)
+
+    decays = scale(26_250)
     assert decays["weight_decay"] == pytest.approx(recipe["weight_decay"] / 10)
     assert decays["bias_decay"] == pytest.approx(recipe["bias_decay"] / 10)
-    given["weight_decay"] = 0.3
-    assert list(collab.scale_decay("default", given, n_rows=26_250)) == ["bias_decay"]
-    assert collab.scale_decay("default", given, n_rows=5)["bias_decay"] == recipe["bias_decay"]
+    assert scale(5)["bias_decay"] == recipe["bias_decay"]
+    given = {"weight_decay": 0.3, "y_range": (0.0, 6.0)}
+    assert list(scale(26_250)) == ["bias_decay"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "clip", "y_range"),
+    [
+        ("default", (1.0, 5.0), (0.5, 5.5)),
+        ("fastai", (1.0, 5.0), (0.0, 5.5)),
+        ("default", (0.0, 100.0), (-12.5, 112.5)),
+        ("fastai", (10.0, 20.0), (7.5, 21.25)),
+        ("best", (1.0, 5.0), None),
+    ],
+)
+def test_the_recipes_y_range_goes_with_the_scale(recipe, clip, y_range):
+    scaled = collab.scale(recipe, dict(collab.RECIPES[recipe]), {}, clip=clip, n_rows=10)
+    assert scaled.get("y_range") == y_range
 
 
 @pytest.fixture
@@ -861,7 +876,7 @@ def test_two_processes_train_as_one_does(torchrun, tmp_path):
     for name in ("mse", "rmse", "mae"):
         assert figures.pop(name) == pytest.approx(alone.pop(name), rel=1e-6)
     assert figures == alone
-    for ours, theirs in zip(saved.members, saved_alone.members, strict=True):
+    for ours, theirs in zip(saved.tables, saved_alone.tables, strict=True):
         for table, other in zip(ours, theirs, strict=True):
             # Sums in another order: eps is 1.2e-7, tables reach 0.5 and most changes are far
             # smaller; but Adam makes a step of lr of a gradient of rounding errors.
