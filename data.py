@@ -15,11 +15,9 @@ import gzip
 import hashlib
 import http.client
 import io
-import itertools
 import lzma
 import math
 import os
-import queue
 import re
 import secrets
 import stat
@@ -40,7 +38,6 @@ from typing import IO, NamedTuple
 import numpy
 import polars
 import torch
-from polars.io.plugins import register_io_source
 from torch import Tensor
 
 GROUPLENS = "https://files.grouplens.org/datasets/movielens"
@@ -144,7 +141,7 @@ def write_frames(path: Path, frames: Iterable[polars.DataFrame]) -> None:
         ending = ".csv"
     with _replacing(path) as file:
         if ending == ".parquet":
-            _write_parquet(path, file, iter(frames))
+            _write_parquet(path, file, frames)
             return
         is_first = True
         for frame in frames:
@@ -156,41 +153,34 @@ def write_frames(path: Path, frames: Iterable[polars.DataFrame]) -> None:
             is_first = False
 
 
-def _write_parquet(path: Path, file: IO[bytes], frames: Iterator[polars.DataFrame]) -> None:
-    """By polars in another thread; `frames` stay in this one, as do what they raise and Ctrl-C."""
+def _write_parquet(path: Path, file: IO[bytes], frames: Iterable[polars.DataFrame]) -> None:
+    """Each frame to a file of its own, then all to one: polars cannot add to a Parquet file.
+
+    (A Python generator as its source is no way: it waits for ever where making the frames takes
+    polars, too.)
+    """
+    target = Path(file.name)
     with _naming_output(path):
-        if not Path(file.name).is_file():
+        if not target.is_file():
             raise OSError(None, "Parquet needs a file")
-    first = next(frames)
-    waiting = queue.SimpleQueue()
-    is_wanted = threading.Semaphore(2)  # frames made before they are written
+        folder = tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=target.parent)
+    with folder:
+        parts = []
+        for frame in frames:
+            parts.append(Path(folder.name) / str(len(parts)))
+            with _naming_output(path), _naming_polars():
+                frame.write_parquet(parts[-1])
+        with _naming_output(path), _naming_polars():
+            polars.scan_parquet(parts, glob=False).sink_parquet(target)
 
-    def take(_columns, _predicate, _n_rows, _batch_size):
-        while (frame := waiting.get()) is not None:
-            is_wanted.release()
-            yield frame
 
-    def sink():
-        try:
-            register_io_source(take, schema=first.schema).sink_parquet(file.name)
-        finally:
-            is_wanted.release(1 << 30)  # nothing waits for what is not written
-
-    with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(sink)
-        try:
-            for frame in itertools.chain([first], frames):
-                is_wanted.acquire()
-                waiting.put(frame)
-                if done.done():
-                    break
-        finally:
-            waiting.put(None)
-        with _naming_output(path):
-            try:
-                done.result()
-            except (polars.exceptions.PolarsError, polars.exceptions.PanicException) as error:
-                raise OSError(None, _first_line(error)) from None
+@contextmanager
+def _naming_polars() -> Iterator[None]:
+    """A full disk, say, as OSError."""
+    try:
+        yield
+    except (polars.exceptions.PolarsError, polars.exceptions.PanicException) as error:
+        raise OSError(None, _first_line(error)) from None
 
 
 @contextmanager

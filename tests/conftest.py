@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+import collab
 import data
 
 settings.register_profile("any-machine", deadline=None, max_examples=50)
@@ -56,6 +57,23 @@ def run(tmp_path):
         )
 
     return run
+
+
+@pytest.fixture
+def main(monkeypatch, capsys, tmp_path):
+    """Run `python collab.py ...` in this process, in an empty folder, to an exit status."""
+
+    def main(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["collab.py", *map(str, arguments)])
+        status = 0
+        try:
+            collab.main()
+        except SystemExit as ended:
+            status = ended.code
+        return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
+
+    return main
 
 
 @pytest.fixture

@@ -590,23 +590,6 @@ def test_no_command_shows_the_help(run):
     assert "train" in done.stderr
 
 
-@pytest.fixture
-def main(monkeypatch, capsys, tmp_path):
-    """Run `python collab.py ...` in this process, in an empty folder, to an exit status."""
-
-    def main(*arguments):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["collab.py", *map(str, arguments)])
-        status = 0
-        try:
-            collab.main()
-        except SystemExit as ended:
-            status = ended.code
-        return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
-
-    return main
-
-
 def assert_one_line(done, *parts):
     assert done.returncode == 1
     assert done.stdout == ""
