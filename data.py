@@ -170,20 +170,16 @@ def _write_parquet(path: Path, file: IO[bytes], frames: Iterator[polars.DataFram
             is_wanted.release()
             yield frame
 
-    def sink():
-        try:
-            register_io_source(take, schema=first.schema).sink_parquet(file.name)
-        finally:
-            is_wanted.release(1 << 30)  # nothing waits for what is not written
-
+    source = register_io_source(take, schema=first.schema)
     with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(sink)
+        done = pool.submit(source.sink_parquet, file.name)
+        done.add_done_callback(lambda _: is_wanted.release())
         try:
             for frame in itertools.chain([first], frames):
                 is_wanted.acquire()
-                waiting.put(frame)
-                if done.done():
+                if done.done():  # it could not be written
                     break
+                waiting.put(frame)
         finally:
             waiting.put(None)
         with _naming_output(path):
@@ -649,8 +645,9 @@ def _detect(
         raise ValueError(f"{where}: it is not UTF-8{' but UTF-16' * is_utf_16}") from None
     records = {s: _split_record(text, s) for s in SEPARATORS if s in text}
     if not records:
-        between = ", ".join(kind.needed[:-1]) + f" and {kind.needed[-1]}"
-        raise ValueError(f"{where}: no tab, comma, ';', '|' or '::' between {between}")
+        *before, last = kind.needed if kind.n_fields else (*kind.needed, "the others")
+        between = f"between {', '.join(before)} and {last}"
+        raise ValueError(f"{where}: no tab, comma, ';', '|' or '::' {between}")
     columns = columns or {}
     separator = max(records, key=lambda s: _count_known(records[s], kind, columns))
     fields = records[separator]
@@ -742,6 +739,8 @@ def _name_columns(
     has = ", ".join(field if field.isprintable() else ascii(field) for field in fields)
     has = has if len(has) < 500 else has[:500] + "..."
     for name, told in columns.items():
+        if name not in NAMES:
+            raise ValueError(f"no column {name}: it is {', '.join(NAMES)}")
         if name not in places:
             raise ValueError(f"{where}: the header has no column {told!r} for {name}, but {has}")
     if missing := [name for name in kind.needed if name not in places]:
