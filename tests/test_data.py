@@ -511,13 +511,15 @@ def test_a_broken_file_is_a_frame_or_one_line(tmp_path, name):
         ('a::b|"c::1\n', None, ["a", 'b|"c']),
         ("+1, 1,1\n", None, ["+1", " 1"]),
         ("-0,1.0,1\n", None, ["-0", "1.0"]),
+        ("7\r,8,1\n", None, ["7\r", 8]),
+        ("a\r,\rb,1\n", None, ["a\r", "\rb"]),
         (f"{2**63},1_0,1\n", None, [str(2**63), "1_0"]),
         ("nan,null,1\n", None, ["nan", "null"]),
     ],
 )
 def test_columns_are_told_or_known(tmp_path, text, columns, expected):
     path = tmp_path / "ratings"
-    path.write_text(text)
+    path.write_bytes(text.encode())
     assert data.read_ratings(path, columns=columns).rows() == [(*expected, 1.0)]
 
 
@@ -529,7 +531,7 @@ def test_columns_are_told_or_known(tmp_path, text, columns, expected):
             "line 1: the header has no column 'who' for user, but user, item, rating",
         ),
         ({"user": "item", "item": "item"}, "line 1: the header has no column 'item' for item"),
-        ({"film": "item"}, "no column film: it is user, item, rating, timestamp"),
+        ({"film": "item"}, "columns: no column 'film': it is user, item, rating, timestamp"),
     ],
 )
 def test_columns_that_are_not_there(tmp_path, columns, message):
@@ -699,6 +701,17 @@ def test_a_table_that_is_none(tmp_path, text, column, message):
     with pytest.raises(ValueError, match=f"^{path}") as caught:
         data.read_users(path, column=column)
     assert str(caught.value).endswith(message)
+
+
+@pytest.mark.parametrize("name", WRITERS.keys() - {"no header"})
+def test_a_table_may_have_any_columns(tmp_path, name):
+    names = ["rating", "_1", "timestamp", "user_id", "item", "line", "user", "0", "value"]
+    path = tmp_path / "people"
+    path.write_bytes(WRITERS[name](polars.DataFrame({name: ["a", "b"] for name in names})))
+    users = data.read_users(path)
+    assert sorted(users.columns) == sorted({*names, "user_"} - {"user_id"})
+    assert users["user_"].to_list() == ["a", "b"]
+    assert len(data.describe(users.vstack(users), "user")) == 4 * (len(names) - 1)
 
 
 def test_types_of_a_table_of_parquet(tmp_path):
