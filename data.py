@@ -446,12 +446,7 @@ NAMES = {
     "rating": "rating|score",
     "timestamp": "timestamp|time|date",
 }
-NUMBERS = {
-    "user": polars.Int64,
-    "item": polars.Int64,
-    "rating": polars.Float32,
-    "timestamp": polars.Int64,
-}
+NUMBERS = dict.fromkeys(NAMES, polars.Int64) | {"rating": polars.Float32}
 ISO_8601 = (
     r"^(?<day>[0-9]{4}-[0-9]{2}-[0-9]{2})(?:[Tt ](?<minute>[0-9]{2}:[0-9]{2})"
     r"(?::(?<second>[0-9]{2})(?:[.,][0-9]+)?)?"
@@ -505,6 +500,7 @@ def read_ratings(
     dates and times, in UTC unless they name a zone. No nulls. ValueError, in one line that names
     the file and the line or row, for anything else; OSError when `path` can't be read.
     """
+    columns = columns or {}
     name = _find(path, RATINGS_FILES)
     if name is None and (path.is_dir() or _is_zip(path)):
         raise ValueError(f"{path}: no {', '.join(RATINGS_FILES)} in it")
@@ -538,7 +534,7 @@ def read_pairs(
     Columns user and item String, exactly as in the file; timestamp Int64, if the file has it; line
     Int64, from 1: that in which the pair begins, or the row of Parquet. Errors as `read_ratings`.
     """
-    is_empty = True
+    columns, is_empty = columns or {}, True
     with _open(path, None) as (label, file):
         if _is_parquet(file):
             scan, unit = _scan_parquet(label, file, PAIRS, columns), "row"
@@ -623,11 +619,15 @@ def _is_on_disk(file: IO[bytes]) -> bool:
 
 
 def _detect(
-    label: str, file: IO[bytes], kind: _Kind, columns: Mapping[str, str] | None
+    label: str, file: IO[bytes], kind: _Kind, columns: Mapping[str, str]
 ) -> tuple[_Form, bytes]:
     """The form of a text by its first record, and that record: a line, or more if it has quotes."""
     first = file.readline(LONGEST_LINE).removeprefix(b"\xef\xbb\xbf")
-    while first.count(b'"') % 2 and len(first) < LONGEST_LINE and (more := file.readline()):
+    while (
+        first.count(b'"') % 2
+        and len(first) < LONGEST_LINE
+        and (more := file.readline(LONGEST_LINE))
+    ):
         first += more
     if not first.strip():
         raise ValueError(f"{label}: no {kind.noun}" + (" in line 1" if first else ""))
@@ -639,9 +639,9 @@ def _detect(
         raise ValueError(f"{where}: it is not UTF-8{' but UTF-16' * is_utf_16}") from None
     records = {s: _split_record(text, s) for s in SEPARATORS if s in text}
     if not records:
-        between = ", ".join(kind.needed[:-1]) + f" and {kind.needed[-1]}"
-        raise ValueError(f"{where}: no tab, comma, ';', '|' or '::' between {between}")
-    columns = columns or {}
+        *before, last = kind.needed if kind.n_fields else (*kind.needed, "the others")
+        between = f"between {', '.join(before)} and {last}"
+        raise ValueError(f"{where}: no tab, comma, ';', '|' or '::' {between}")
     separator = max(records, key=lambda s: _count_known(records[s], kind, columns))
     fields = records[separator]
     is_header = _is_header(fields, kind, columns)
@@ -721,10 +721,9 @@ def _rank(field: str, name: str, told: str | None) -> int:
 
 
 def _name_columns(
-    where: str, fields: list[str], kind: _Kind, columns: Mapping[str, str] | None
+    where: str, fields: list[str], kind: _Kind, columns: Mapping[str, str]
 ) -> list[str | None]:
     """What each field of a header is. A table's other columns keep their names."""
-    columns = columns or {}
     places = _find_places(fields, kind, columns)
     if not kind.n_fields and kind.needed[0] not in places | columns:
         ids = [place for place, field in enumerate(fields) if field.strip().lower() == "id"]
@@ -732,6 +731,8 @@ def _name_columns(
     has = ", ".join(field if field.isprintable() else ascii(field) for field in fields)
     has = has if len(has) < 500 else has[:500] + "..."
     for name, told in columns.items():
+        if name not in NAMES:
+            raise ValueError(f"columns: no column {name!r}: it is {', '.join(NAMES)}")
         if name not in places:
             raise ValueError(f"{where}: the header has no column {told!r} for {name}, but {has}")
     if missing := [name for name in kind.needed if name not in places]:
@@ -782,13 +783,12 @@ def _read_numbers(
 
 
 def _read_csv(source: bytes | IO[bytes], form: _Form, dtypes: dict, **options) -> polars.DataFrame:
-    names = [f"_{place}" if name is None else name for place, name in enumerate(form.columns)]
-    schema = {name: dtypes.get(name, polars.String) for name in names}
-    options = {"quote_char": None, **options}
-    table = polars.read_csv(
-        source, schema=schema, separator=form.separator, has_header=False, **options
-    )
-    return table.select(polars.nth(place) for place in _places_read(form.columns).values())
+    dtypes = [dtypes.get(name, polars.String) for name in form.columns]
+    schema = {str(place): dtype for place, dtype in enumerate(dtypes)}
+    options = {"quote_char": None, "has_header": False, **options}
+    table = polars.read_csv(source, schema=schema, separator=form.separator, **options)
+    places = _places_read(form.columns).items()
+    return table.select(polars.nth(place).alias(name) for name, place in places)
 
 
 def _places_read(columns: Sequence[str | None]) -> dict[str, int]:
@@ -798,12 +798,15 @@ def _places_read(columns: Sequence[str | None]) -> dict[str, int]:
 
 
 def _is_canonical(file: IO[bytes], separator: str) -> bool:
-    """Whether no number has a zero, a plus or a blank before it, which polars would take away."""
+    """Whether no number has a zero, plus or blank about it that polars would take away."""
     tail = b"\n"
     blanks = [mark for mark in (b" ", b"\t", b"\v", b"\f") if mark != separator.encode()]
     while chunk := file.read(1 << 17):  # bytes, that stay in the processor's cache
         chunk = tail + chunk
-        if any(mark in chunk for mark in (b"+", *blanks)) or (b"-" in chunk and b"-0" in chunk):
+        rare = (b"-0", b"\r" + separator.encode())
+        if any(mark in chunk for mark in (b"+", *blanks)) or any(
+            mark[:1] in chunk and mark in chunk for mark in rare
+        ):
             return False
         codes = numpy.frombuffer(chunk, "u1")
         is_zero = (codes[:-2] == ord(separator)) | (codes[:-2] == ord("\n"))
@@ -892,6 +895,9 @@ def _read_strings(
     is_quoted = form.separator != "::" and b'"' in content
     if is_quoted:
         lines = _find_lines(label, content, one_byte, n_above, is_quoted)
+    else:  # polars takes a carriage return from the end of every field
+        end = one_byte.separator.encode()
+        content = content.replace(b"\r" + end, b"\r\r" + end)
     try:
         raw = _read_csv(content, one_byte, {}, quote_char='"' if is_quoted else None)
         if len(raw) == len(lines) and (is_quoted or _is_shaped(content, one_byte, len(raw))):
@@ -958,7 +964,7 @@ def _naming_parquet(label: str) -> Iterator[None]:
 
 
 def _scan_parquet(
-    label: str, file: IO[bytes], kind: _Kind, columns: Mapping[str, str] | None
+    label: str, file: IO[bytes], kind: _Kind, columns: Mapping[str, str]
 ) -> polars.LazyFrame:
     """The columns read of a Parquet file, of types that `_convert` takes."""
     source = Path(file.name) if _is_on_disk(file) else io.BytesIO(_read_all(label, file))
@@ -970,7 +976,7 @@ def _scan_parquet(
         is_good = dtype.is_integer() or (name in ("user", "item") and dtype in TEXT)
         is_good |= name in ("rating", "timestamp") and dtype.is_float()
         is_good |= name == "timestamp" and dtype in (polars.Date, polars.Datetime)
-        if name in NAMES and not is_good:
+        if name in NAMES and name in kind.needed + kind.others and not is_good:
             raise ValueError(f"{label}: the column {column!r} for {name} is of type {dtype}")
     places = _places_read(names).items()
     return scan.select(polars.nth(place).alias(name) for name, place in places)
@@ -1270,7 +1276,7 @@ def _read_own(path: Path, kind: _Kind, column: str | None) -> polars.DataFrame:
             raws = (_read_strings(label, content, form, n_above) for content, n_above in blocks)
         frames = []
         for raw, lines in raws:
-            _convert(f"{label}, {unit}", raw, lines)  # for what is missing
+            _convert(f"{label}, {unit}", raw.select(key), lines)  # for what is missing
             frames.append(raw)
     if not frames:
         raise ValueError(f"{label}: no {kind.noun}")

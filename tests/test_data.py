@@ -1,6 +1,9 @@
+import datetime
+import gzip
 import hashlib
 import http.server
 import io
+import itertools
 import math
 import os
 import socket
@@ -134,6 +137,21 @@ def read_in_blocks(path, size=64):
         return data.read_ratings(path)
 
 
+def try_reading(read, path):
+    """What is read and None, or None and the line that says why not."""
+    try:
+        return read(path), None
+    except ValueError as error:
+        line = str(error)
+    assert line.startswith(str(path))
+    assert len(line.splitlines()) == 1
+    return None, line
+
+
+def read_all_pairs(path):
+    return polars.concat(data.read_pairs(path))
+
+
 def assert_refused(path, message, block=64):
     with pytest.raises(ValueError, match=f"^{path}") as caught:
         read_in_blocks(path, block)
@@ -168,21 +186,18 @@ def test_a_pipe_is_read_once(tmp_path):
     writer.join()
 
 
-@given(content=st.binary(max_size=60) | st.text("12.,:\t\r\n-exan", max_size=60).map(str.encode))
+@given(content=st.binary(max_size=60) | st.text('12.,:;"\t\r\n-exan', max_size=60).map(str.encode))
 def test_any_bytes_are_a_frame_or_one_line(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "bytes"
     path.write_bytes(content)
-    try:
-        read, error = read_in_blocks(path, 16), None
-    except ValueError as caught:
-        error = str(caught)
-    if error is not None:
-        assert error.startswith(str(path))
-        assert len(error.splitlines()) == 1
-    else:
-        assert len(read) == len(content.removesuffix(b"\n").split(b"\n"))
+    read, error = try_reading(lambda path: read_in_blocks(path, 16), path)
+    if error is None:
+        if b'"' not in content:
+            assert len(read) == len(content.removesuffix(b"\n").split(b"\n"))
         assert sum(read.null_count().row(0)) == 0
         assert read["rating"].is_finite().all()
+    for read in (read_all_pairs, data.read_users, data.read_items):
+        try_reading(read, path)
 
 
 @pytest.mark.parametrize(
@@ -370,6 +385,362 @@ def test_grouplenss_zip_of_ml_100k_is_read_as_the_cache(good_zip, ml_100k, tmp_p
     (tmp_path / "u.item").write_text("1|Toy Story\n")
     with pytest.raises(ValueError, match=r"u\.item: not item\|title\|"):
         data.read_items(tmp_path)
+
+
+# --- files of anybody's
+
+
+def as_parquet(table):
+    buffer = io.BytesIO()
+    table.write_parquet(buffer)
+    return buffer.getvalue()
+
+
+WRITERS = {
+    "csv": lambda table: table.write_csv().encode(),
+    "tsv": lambda table: table.write_csv(separator="\t").encode(),
+    "semicolons": lambda table: table.write_csv(separator=";").encode(),
+    "bars": lambda table: table.write_csv(separator="|").encode(),
+    "no header": lambda table: table.write_csv(include_header=False).encode(),
+    "quoted": lambda table: table.write_csv(quote_style="always", line_terminator="\r\n").encode(),
+    "parquet": as_parquet,
+    "gzip": lambda table: gzip.compress(table.write_csv().encode()),
+}
+# What a file of text is made of, more often than at random.
+LETTERS = st.sampled_from(',;|\t"\n :aAé0') | st.characters(exclude_categories=["Cs", "Cc"])
+TEXT_IDS = st.text(LETTERS, min_size=1, max_size=6)
+ANY_IDS = st.sampled_from([st.integers(-(2**63), 2**63 - 1).map(str), TEXT_IDS])
+HALVES = st.lists(st.integers(-10, 10), min_size=1)
+
+
+def as_ids(texts):
+    """The rule: Int64 where each is as Python prints it, else as it is."""
+    try:
+        numbers = [int(text) for text in texts]
+    except ValueError:
+        numbers = []
+    is_integer = [*map(str, numbers)] == texts and all(-(2**63) <= n < 2**63 for n in numbers)
+    return polars.Series(numbers if is_integer else texts)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@given(source=st.data())
+def test_any_ids_are_read_as_they_were_written(tmp_path_factory, name, source):
+    users, items = (
+        source.draw(st.lists(source.draw(ANY_IDS), min_size=3, max_size=8)) for _ in range(2)
+    )
+    users, items = users[: len(items)], items[: len(users)]
+    halves = source.draw(HALVES)
+    table = polars.DataFrame({"user": users, "item": items}).with_columns(
+        rating=polars.Series([halves[i % len(halves)] / 2 for i in range(len(users))])
+    )
+    if source.draw(st.booleans()):
+        table = table.with_columns(timestamp=polars.int_range(polars.len()) - 1)
+    path = tmp_path_factory.getbasetemp() / "anybody"
+    path.write_bytes(WRITERS[name](table))
+    read = read_in_blocks(path, 16)
+    expected = table.with_columns(
+        as_ids(users).alias("user"),
+        as_ids(items).alias("item"),
+        table["rating"].cast(polars.Float32),
+    )
+    assert read.equals(expected)
+    assert read.schema == expected.schema
+    pairs = read_all_pairs(path)
+    assert pairs.drop("line").equals(table.drop("rating"))
+    if name == "csv":
+        lines = table.with_columns(
+            polars.col("user", "item").str.count_matches("\n", literal=True)
+        ).select((polars.col("user") + polars.col("item") + 1).cum_sum().shift(fill_value=0) + 2)
+        assert pairs["line"].to_list() == lines.to_series().to_list()
+    survives_tensors(read)
+
+
+def survives_tensors(table):
+    once = data.drop_repeats(table)
+    expected = {(user, item): rating for user, item, rating, *_ in table.rows()}
+    assert [row[:3] for row in once.sort("user", "item").rows()] == sorted(
+        (*pair, rating) for pair, rating in expected.items()
+    )
+    if len(once) < 2:
+        return
+    part, test_part, ids = data.to_tensors(*data.hold_out(once, 0.5, seed=0))
+    back = {
+        (ids.users[user], ids.items[item]): rating
+        for users, items, ratings in (part, test_part)
+        for user, item, rating in zip(users.tolist(), items.tolist(), ratings.tolist(), strict=True)
+    }
+    assert back == expected
+
+
+def mutations(content, n):
+    """Cut off, with bytes changed, and both; seeded, for some would have polars end the process."""
+    random = numpy.random.default_rng(0)
+    for _ in range(n):
+        changed = bytearray(content)
+        for place in random.integers(4, len(content), random.integers(0, 4)):
+            changed[place] = random.integers(256)
+        yield bytes(changed[: random.choice([len(content), random.integers(5, len(content))])])
+
+
+@pytest.mark.parametrize("name", ["parquet", "gzip", "quoted"])
+def test_a_broken_file_is_a_frame_or_one_line(tmp_path, name):
+    table = polars.DataFrame(
+        {"user": [1, 2, 3] * 9, "item": [*map(str, range(26)), "é"], "rating": [1.5, 2, 3] * 9}
+    )
+    path = tmp_path / "broken"
+    for content in mutations(WRITERS[name](table), 60):
+        path.write_bytes(content)
+        for read in (data.read_ratings, data.read_users, read_all_pairs):
+            try_reading(read, path)
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "expected"),
+    [
+        ("who,what,stars\na,b,1\n", {"user": "who", "item": "what", "rating": "stars"}, ["a", "b"]),
+        ("User,item,userId,rating\na,b,c,1\n", {"user": "user"}, ["a", "b"]),
+        ("User,item,user,rating\na,b,c,1\n", {"user": "user"}, ["c", "b"]),
+        ("user,item,rating\na,b,1\n", {"user": "item", "item": "user"}, ["b", "a"]),
+        ("user_name,user_id,movieTitle,movieId,rating\na,b,c,d,1\n", None, ["b", "d"]),
+        ("customer;product;score\na,1;b|;1\n", None, ["a,1", "b|"]),
+        ('"a\nuser","item, or so",rating\na,b,1\n', {"user": "a\nuser"}, ["a", "b"]),
+        ("2024,item,rating\na,b,1\n", {"user": "2024"}, ["a", "b"]),
+        ("007,é ,1\n", None, ["007", "é "]),
+        ("\ufeff007,b,1\n", None, ["007", "b"]),
+        ('a::b|"c::1\n', None, ["a", 'b|"c']),
+        ("+1, 1,1\n", None, ["+1", " 1"]),
+        ("-0,1.0,1\n", None, ["-0", "1.0"]),
+        ("7\r,8,1\n", None, ["7\r", 8]),
+        ("a\r,\rb,1\n", None, ["a\r", "\rb"]),
+        (f"{2**63},1_0,1\n", None, [str(2**63), "1_0"]),
+        ("nan,null,1\n", None, ["nan", "null"]),
+    ],
+)
+def test_columns_are_told_or_known(tmp_path, text, columns, expected):
+    path = tmp_path / "ratings"
+    path.write_bytes(text.encode())
+    assert data.read_ratings(path, columns=columns).rows() == [(*expected, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"user": "who"},
+            "line 1: the header has no column 'who' for user, but user, item, rating",
+        ),
+        ({"user": "item", "item": "item"}, "line 1: the header has no column 'item' for item"),
+        ({"film": "item"}, "columns: no column 'film': it is user, item, rating, timestamp"),
+    ],
+)
+def test_columns_that_are_not_there(tmp_path, columns, message):
+    path = tmp_path / "ratings"
+    path.write_text("user,item,rating\n1,2,3\n")
+    with pytest.raises(ValueError, match=message):
+        data.read_ratings(path, columns=columns)
+    path.write_text("1,2,3\n")
+    with pytest.raises(ValueError, match=r"line 1: no header, so no column 'who'"):
+        data.read_ratings(path, columns={"user": "who"})
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("978300760", 978300760),
+        ("978300760.9", 978300760),
+        ("-0.5", -1),
+        (" 1e3", 1000),
+        ("1970-01-02", 86_400),
+        ("1970-01-01T00:00:01", 1),
+        ("1970-01-01 00:01", 60),
+        ("1970-01-01T00:00:01.999Z", 1),
+        ("1969-12-31T23:59:59.5", -1),
+        ("1970-01-01T02:00:00+02:00", 0),
+        ("1970-01-01T00:00:00-0130", 5_400),
+        ("1970-01-01T05+05", None),
+        ("2001-02-29", None),
+        ("01/02/2003", None),
+        ("1e300", None),
+        ("nan", None),
+    ],
+)
+def test_times(tmp_path, text, seconds):
+    path = tmp_path / "ratings"
+    path.write_text(f"user,item,rating,date\na,b,1,1\na,c,1,{text}\n")
+    read, error = try_reading(data.read_ratings, path)
+    if seconds is None:
+        assert error == f"{path}, line 3: could not parse timestamp {text!r}"
+    else:
+        assert read["timestamp"].to_list() == [1, seconds]
+
+
+def test_a_rating_out_of_range_is_named(tmp_path):
+    path = tmp_path / "ratings"
+    path.write_text("1,2,0.1\n1,3,5\n")
+    assert len(data.read_ratings(path, rating_range=(0.1, 5))) == 2
+    with pytest.raises(ValueError, match=r"ratings, line 2: rating '5' is not in 0.1 to 4.5$"):
+        data.read_ratings(path, rating_range=(0.1, 4.5))
+
+
+NOON = datetime.datetime(1970, 1, 1, 12)
+PARQUET = {"user": ["a"], "item": [7], "rating": [4], "time": [0]}
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        (polars.Series("user", ["7"]), 7),
+        (polars.Series("user", ["7", "07"][1:], polars.Categorical), "07"),
+        (polars.Series("user", ["u"], polars.Enum(["u"])), "u"),
+        (polars.Series("user", [2**63], polars.UInt64), str(2**63)),
+        (polars.Series("rating", [0.1], polars.Float64), numpy.float32(0.1)),
+        (polars.Series("time", [-0.5]), -1),
+        (polars.Series("time", [NOON.date()]), 0),
+        (polars.Series("time", [NOON], polars.Datetime("ns")), 43_200),
+        (polars.Series("time", [NOON], polars.Datetime("ms", "Europe/Paris")), 43_200),
+        (polars.Series("user", [1.0]), "the column 'user' for user is of type Float64"),
+        (polars.Series("item", [True]), "the column 'item' for item is of type Boolean"),
+        (polars.Series("rating", ["4"]), "the column 'rating' for rating is of type String"),
+        (
+            polars.Series("time", ["1970-01-01"]),
+            "the column 'time' for timestamp is of type String",
+        ),
+        (polars.Series("user", [None], polars.String), "row 1: a value is missing (user)"),
+        (polars.Series("user", [""]), "row 1: a value is missing (user)"),
+        (polars.Series("rating", [math.inf]), "row 1: rating inf is not finite"),
+        (polars.Series("rating", [9]), "row 1: rating 9 is not in 0.1 to 5"),
+        (polars.Series("time", [math.nan]), "row 1: could not parse timestamp nan"),
+    ],
+)
+def test_types_of_parquet(tmp_path, column, expected):
+    path = tmp_path / "any"
+    polars.DataFrame(PARQUET).with_columns(column).write_parquet(path)
+    name = "timestamp" if column.name == "time" else column.name
+    low = 0.1 if column.name == "rating" else 1
+    read, error = try_reading(lambda path: data.read_ratings(path, rating_range=(low, 5)), path)
+    if error is None:
+        assert read[name].to_list() == [expected]
+    else:
+        assert error.endswith(str(expected))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ann,titanic\nbob,heat\n", [("ann", "titanic", 1), ("bob", "heat", 2)]),
+        ("user1,item1\n", [("user1", "item1", 1)]),
+        ("item,user\n7,007\n", [("007", "7", 2)]),
+        ("1::2::x\n", [("1", "2", 1)]),
+        ("1,2,,60\n", [("1", "2", 60, 1)]),
+        ("rating;user;time;item\n;a;1970-01-02;b\n", [("a", "b", 86_400, 2)]),
+        ("user,sku\na,b\n", "line 1: the header has no column item, but user, sku"),
+        ("1,2,3,4,5\n", "line 1: 5 fields, not user, item"),
+        ("1,2\n1,\n", "line 2: a value is missing (item)"),
+        ("user,item\n", "no pairs"),
+        ("", "no pairs"),
+    ],
+)
+def test_pairs(tmp_path, text, expected):
+    path = tmp_path / "pairs"
+    path.write_text(text)
+    read, error = try_reading(read_all_pairs, path)
+    if error is None:
+        assert read.rows() == expected
+    else:
+        assert error.endswith(str(expected))
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_pairs_come_in_blocks(tmp_path, ending):
+    path = tmp_path / f"pairs.{ending}"
+    data.write_frames(path, (polars.DataFrame({"user": [n], "item": [n]}) for n in range(10)))
+    frames = list(data.read_pairs(path, block=4))
+    assert [len(frame) for frame in frames] == [4, 4, 2]
+    assert polars.concat(frames)["user"].to_list() == [*map(str, range(10))]
+    assert frames[-1]["line"].to_list() == ([10, 11] if ending == "csv" else [9, 10])
+
+
+# --- tables of anybody's
+
+
+def test_a_table_of_ones_own(tmp_path):
+    path = tmp_path / "things.csv"
+    path.write_text(
+        ',Name,price,item,tags,ID,sold\n0,"Pen, red",1.5,x,office|red,007,3\n1,Cup,,y,,a b,\n'
+    )
+    items = data.read_items(path)
+    assert items.columns == ["item", "title", "price", "tags", "ID", "sold"]
+    items = data.read_items(path, column="ID")
+    assert items.columns == ["item", "title", "price", "item_", "tags", "sold"]
+    assert items.rows() == [
+        ("007", "Pen, red", 1.5, "x", ["office", "red"], 3),
+        ("a b", "Cup", None, "y", None, None),
+    ]
+    data.write_frames(tmp_path / "things.parquet", [items])
+    assert data.read_items(tmp_path / "things.parquet").equals(items)
+    (tmp_path / "things.csv.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert data.read_items(tmp_path / "things.csv.gz", column="ID").equals(items)
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "message"),
+    [
+        ("a,b\n1,2\n", None, "line 1: the header has no column user, but a, b"),
+        ("a,b\n1,2\n", "c", "line 1: the header has no column 'c' for user, but a, b"),
+        ("id,b\n1,2\n2,\n1,3\n", None, "the user 1 is there twice"),
+        ("user,b\na,2\n,3\n", None, "line 3: a value is missing (user)"),
+        ("user,b\na,2,3\n", None, "line 2: fields: 3, not 2"),
+        ("user,b\n", None, "no users"),
+        ("user\n1\n", None, "line 1: no tab, comma, ';', '|' or '::' between user and the others"),
+    ],
+)
+def test_a_table_that_is_none(tmp_path, text, column, message):
+    path = tmp_path / "people"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"^{path}") as caught:
+        data.read_users(path, column=column)
+    assert str(caught.value).endswith(message)
+
+
+@pytest.mark.parametrize("name", WRITERS.keys() - {"no header"})
+def test_a_table_may_have_any_columns(tmp_path, name):
+    names = ["rating", "_1", "timestamp", "user_id", "item", "line", "user", "0", "value"]
+    path = tmp_path / "people"
+    path.write_bytes(WRITERS[name](polars.DataFrame({name: ["a", "b"] for name in names})))
+    users = data.read_users(path)
+    assert sorted(users.columns) == sorted({*names, "user_"} - {"user_id"})
+    assert users["user_"].to_list() == ["a", "b"]
+    assert len(data.describe(users.vstack(users), "user")) == 4 * (len(names) - 1)
+
+
+def test_types_of_a_table_of_parquet(tmp_path):
+    path = tmp_path / "people.parquet"
+    people = polars.DataFrame(
+        {
+            "user_id": [3, 4],
+            "born": [NOON.date(), None],
+            "zip": ["07", ""],
+            "is_new": [True, False],
+            "height": [1.8, math.nan],
+            "likes": [["tea"], None],
+        }
+    )
+    people.write_parquet(path)
+    users = data.read_users(path)
+    assert users.rows() == [
+        (3, 0, "07", "true", 1.8, ["tea"]),
+        (4, None, None, "false", None, None),
+    ]
+    assert len(data.describe(users, "user"))
+    people.with_columns(odd=polars.struct("zip")).write_parquet(path)
+    with pytest.raises(ValueError, match="the column 'odd' is of type Struct"):
+        data.read_users(path)
+
+
+def test_a_column_of_any_name_is_described():
+    about = polars.DataFrame({"user": [1, 2], "*": [1, 2], "^u.*$": [3, 4], "share": [5, 5]})
+    assert data.describe(about, "user")["feature"].to_list() == [0, 1, 2, 3, 4, 4]
 
 
 # --- tensors
@@ -656,6 +1027,86 @@ def test_a_path_is_no_pattern(tmp_path):
     assert data.read_ratings(tmp_path / "d*" / "u.data")["rating"].to_list() == [3]
 
 
+# --- ids
+
+
+@given(rows=st.lists(st.tuples(*[st.integers(0, 3)] * 3)), is_text=st.booleans())
+def test_repeats_against_the_loop(rows, is_text):
+    table = frame([(user, item, place) for place, (user, item, _) in enumerate(rows)])
+    table = table.with_columns(
+        timestamp=polars.Series([row[2] for row in rows], dtype=polars.Int64)
+    )
+    if is_text:
+        table = table.with_columns(polars.col("user", "item").cast(polars.String))
+    for ratings in (table, table.drop("timestamp"), table.sort("user", "item")):
+        latest = {}
+        for row in ratings.rows():
+            known = latest.get(row[:2])
+            if known is None or row[3:] >= known[3:]:
+                latest[row[:2]] = row
+        expected = [row for row in ratings.rows() if latest[row[:2]] == row]
+        assert data.drop_repeats(ratings).rows() == expected
+
+
+@pytest.mark.parametrize(
+    ("ids", "pair"),
+    [
+        (["Ann", "Bob", "ann "], "'Ann' and 'ann '"),
+        (["a  b", "c", "a\t b"], "'a\\\\t b' and 'a  b'"),
+        (["straße", "STRASSE", "x"], "'STRASSE' and 'straße'"),
+        (["É", "é\xa0"], "'É' and 'é\\\\xa0'"),
+        (["ab", "a b", "7", "07"], None),
+    ],
+)
+def test_ids_that_look_alike_are_named(ids, pair):
+    table = polars.DataFrame({"user": ids, "item": [1] * len(ids)})
+    for name in ("user", "item"):
+        ratings = table if name == "user" else table.rename({"user": "item", "item": "user"})
+        if pair is None:
+            data.check_ids(ratings)
+        else:
+            message = f"^the {name}s {pair} differ only in case or spaces$"
+            with pytest.raises(ValueError, match=message):
+                data.check_ids(ratings)
+
+
+def test_ids_of_one_type():
+    numbers, words = frame([(1, 2, 3)]), frame([(1, 2, 3)]).with_columns(user=polars.lit("a"))
+    users = polars.DataFrame({"user": [1]})
+    assert data.same_ids(numbers, None, users) == (numbers, None, users)
+    same = data.same_ids(numbers, words, None, users)
+    assert [table["user"].to_list() for table in same if table is not None] == [["1"], ["a"], ["1"]]
+    assert same[0]["item"].dtype == polars.Int64
+    train, test = same[0], words
+    assert data.to_tensors(train, test)[2].users.to_list() == ["1", "a"]
+
+
+def test_shared_pairs_may_be_allowed():
+    part, test_part, _ = data.to_tensors(SMALL_TRAIN, SMALL_TRAIN, allow_overlap=True)
+    assert part.users.tolist() == test_part.users.tolist() == [2, 0, 2, 1]
+
+
+def test_text_ids_give_the_features_of_numbers():
+    """Of one order, so that the rows are the same; and the latest of each user is the same test."""
+    table = frame([(user, item, 1 + user % 5) for user in range(10, 30) for item in range(40, 50)])
+    table = table.with_columns(timestamp=polars.Series(range(200)) * 7919 % 1000)
+    users = polars.DataFrame({"user": range(10, 30), "job": ["cook", "pilot"] * 10})
+    results = []
+    for dtype in (polars.Int64, polars.String):
+        ratings = table.with_columns(polars.col("user", "item").cast(dtype))
+        about = users.with_columns(polars.col("user").cast(dtype))
+        train, test = data.split(ratings, "last3")
+        part, test_part, ids = data.to_tensors(train, test)
+        matrices = data.features(train, ids, users=about)
+        seen = data.find_seen(part, ids, users=about)
+        context = data.time_context(train, test)
+        results.append([*part, *test_part, *seen, *context, *itertools.chain(*matrices)])
+        folds = [len(test) for _, test in data.fold(ratings, 3, seed=0)]
+        assert folds == [67, 67, 66]
+    for number, text in zip(*results, strict=True):
+        assert torch.equal(number, text)
+
+
 # --- writing
 
 
@@ -706,6 +1157,59 @@ def test_what_cannot_be_written_is_named(tmp_path):
     ):
         with pytest.raises(OSError, match=f"^{path} cannot be written: "):
             data.check_writable(path)
+
+
+TABLE = polars.DataFrame({"user": ["a,b", 'c"'], "score": [1.5, 2.0]})
+
+
+@pytest.mark.parametrize("name", ["new.csv", "new.TSV", "new.parquet"])
+def test_frames_are_written_as_one(tmp_path, name):
+    path, link = tmp_path / name, tmp_path / f"link{Path(name).suffix}"
+    link.symlink_to(path)
+    data.write_frames(link, iter([TABLE] * 5))
+    if name == "new.parquet":
+        assert polars.read_parquet(path).equals(polars.concat([TABLE] * 5))
+    else:
+        separator = "," if name == "new.csv" else "\t"
+        assert path.read_text() == polars.concat([TABLE] * 5).write_csv(separator=separator)
+    assert sorted(os.listdir(tmp_path)) == sorted([name, link.name])
+
+
+@pytest.mark.parametrize("name", ["old.csv", "old.parquet"])
+@pytest.mark.parametrize("n_frames", [0, 1, 9])
+@pytest.mark.parametrize("error", [KeyError("mine"), OSError("mine"), KeyboardInterrupt()])
+def test_what_the_frames_raise_leaves_the_old_file(tmp_path, name, n_frames, error):
+    def frames():
+        assert threading.current_thread() is threading.main_thread()
+        yield from [TABLE] * n_frames
+        raise error
+
+    (tmp_path / name).write_bytes(b"old")
+    with pytest.raises(type(error)) as caught:
+        data.write_frames(tmp_path / name, frames())
+    assert caught.value is error
+    assert (tmp_path / name).read_bytes() == b"old"
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_frames_that_cannot_be_written(tmp_path):
+    with pytest.raises(ValueError, match=r"new\.xlsx must end in \.csv, \.tsv or \.parquet"):
+        data.write_frames(tmp_path / "new.xlsx", [TABLE])
+    with pytest.raises(OSError, match=r"^/dev/full cannot be written: No space left"):
+        data.write_frames(Path("/dev/full"), [TABLE] * 5)
+    (tmp_path / "full.parquet").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"full\.parquet cannot be written: Parquet needs a file"):
+        data.write_frames(tmp_path / "full.parquet", [TABLE])
+    with pytest.raises(OSError, match=r"new\.csv cannot be written: No such file"):
+        data.write_frames(tmp_path / "missing" / "new.csv", [TABLE])
+
+
+def test_frames_go_through_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=data.write_frames, args=(tmp_path / "pipe", [TABLE] * 2))
+    writer.start()
+    assert (tmp_path / "pipe").read_text() == polars.concat([TABLE] * 2).write_csv()
+    writer.join()
 
 
 # --- the download, from a server of this machine
