@@ -462,13 +462,14 @@ class _Kind(NamedTuple):
     noun: str  # what it has none of when it is empty
     needed: tuple[str, ...]  # columns
     others: tuple[str, ...]  # columns read if they are there
-    n_fields: range  # of a line without a header; of a table, which has one, none
+    fields: tuple[str, ...]  # of a line without a header, the last ones at will; () for a table
 
 
-RATINGS = _Kind("ratings", ("user", "item", "rating"), ("timestamp",), range(3, 5))
-PAIRS = _Kind("pairs", ("user", "item"), ("timestamp",), range(2, 5))
-USERS = _Kind("users", ("user",), (), range(0))
-ITEMS = _Kind("items", ("item",), ("title",), range(0))
+RATINGS = _Kind("ratings", ("user", "item", "rating"), ("timestamp",), tuple(NAMES))
+RATED = _Kind("ratings", ("item", "rating"), ("timestamp",), tuple(NAMES)[1:])
+PAIRS = _Kind("pairs", ("user", "item"), ("timestamp",), tuple(NAMES))
+USERS = _Kind("users", ("user",), (), ())
+ITEMS = _Kind("items", ("item",), ("title",), ())
 
 
 class _Form(NamedTuple):
@@ -500,21 +501,36 @@ def read_ratings(
     dates and times, in UTC unless they name a zone. No nulls. ValueError, in one line that names
     the file and the line or row, for anything else; OSError when `path` can't be read.
     """
-    columns = columns or {}
     name = _find(path, RATINGS_FILES)
     if name is None and (path.is_dir() or _is_zip(path)):
         raise ValueError(f"{path}: no {', '.join(RATINGS_FILES)} in it")
+    return _read_records(path, name, RATINGS, columns, rating_range)
+
+
+def read_rated(path: Path, *, columns: Mapping[str, str] | None = None) -> polars.DataFrame:
+    """The ratings of one user, as `read_ratings` of a file without the column user."""
+    return _read_records(path, None, RATED, columns, None)
+
+
+def _read_records(
+    path: Path,
+    name: str | None,
+    kind: _Kind,
+    columns: Mapping[str, str] | None,
+    rating_range: Range | None,
+) -> polars.DataFrame:
+    columns = columns or {}
     low, high = map(numpy.float32, rating_range or (-math.inf, math.inf))
     bounds = (float(low), float(high))  # rounded as a rating is
     with _open(path, name) as (label, file):
         if _is_parquet(file):
-            scan = _scan_parquet(label, file, RATINGS, columns)
+            scan = _scan_parquet(label, file, kind, columns)
             frames = [
                 _convert(f"{label}, row", raw, rows, bounds)
                 for raw, rows in _slice_parquet(label, scan, None)
             ]
         else:
-            form, first = _detect(label, file, RATINGS, columns)
+            form, first = _detect(label, file, kind, columns)
             frames = [_read_whole(file, form, first, bounds)]
             if frames[0] is None:
                 frames = _parse_blocks(label, _read_blocks(label, file, form, first), form, bounds)
@@ -639,7 +655,7 @@ def _detect(
         raise ValueError(f"{where}: it is not UTF-8{' but UTF-16' * is_utf_16}") from None
     records = {s: _split_record(text, s) for s in SEPARATORS if s in text}
     if not records:
-        *before, last = kind.needed if kind.n_fields else (*kind.needed, "the others")
+        *before, last = kind.needed if kind.fields else (*kind.needed, "the others")
         between = f"between {', '.join(before)} and {last}"
         raise ValueError(f"{where}: no tab, comma, ';', '|' or '::' {between}")
     separator = max(records, key=lambda s: _count_known(records[s], kind, columns))
@@ -649,10 +665,10 @@ def _detect(
         names = _name_columns(where, fields, kind, columns)
     elif columns:
         raise ValueError(f"{where}: no header, so no column {next(iter(columns.values()))!r}")
-    elif len(fields) in kind.n_fields:
-        names = [name if name in kind.needed + kind.others else None for name in NAMES]
+    elif _fits(fields, kind):
+        names = [name if name in kind.needed + kind.others else None for name in kind.fields]
     else:
-        form = "user, item, rating[, timestamp]" if kind is RATINGS else "user, item"
+        form = f"{', '.join(kind.needed)}[, {', '.join(kind.fields[len(kind.needed) :])}]"
         raise ValueError(f"{where}: {len(fields)} fields, not {form}")
     return _Form(separator, names[: len(fields)], is_header), first
 
@@ -670,12 +686,17 @@ def _count_known(fields: list[str], kind: _Kind, columns: Mapping[str, str]) -> 
     """How much of what is read a first line has, if these are its fields."""
     if _is_header(fields, kind, columns):
         return len(_find_places(fields, kind, columns))
-    is_good = len(fields) in kind.n_fields and all(map(_is_number, fields[2:3]))
+    rating = kind.fields.index("rating")
+    is_good = _fits(fields, kind) and all(map(_is_number, fields[rating : rating + 1]))
     return len(fields) if is_good else 0
 
 
+def _fits(fields: list[str], kind: _Kind) -> bool:
+    return len(kind.needed) <= len(fields) <= len(kind.fields)
+
+
 def _is_header(fields: list[str], kind: _Kind, columns: Mapping[str, str]) -> bool:
-    if not kind.n_fields or (columns and set(columns.values()) <= set(fields)):
+    if not kind.fields or (columns and set(columns.values()) <= set(fields)):
         return True
     if any(map(_is_number, fields)):
         return False
@@ -693,7 +714,7 @@ def _is_number(text: str) -> bool:
 
 def _find_places(fields: list[str], kind: _Kind, columns: Mapping[str, str]) -> dict[str, int]:
     """Which field of a header names which column; the columns told by `columns` choose first."""
-    known = list(NAMES) if kind.n_fields else [*kind.needed, *kind.others]
+    known = list(NAMES) if kind.fields else [*kind.needed, *kind.others]
     places = {}
     for name in sorted(known, key=lambda name: name not in columns):
         ranks = [
@@ -725,7 +746,7 @@ def _name_columns(
 ) -> list[str | None]:
     """What each field of a header is. A table's other columns keep their names."""
     places = _find_places(fields, kind, columns)
-    if not kind.n_fields and kind.needed[0] not in places | columns:
+    if not kind.fields and kind.needed[0] not in places | columns:
         ids = [place for place, field in enumerate(fields) if field.strip().lower() == "id"]
         places |= dict(zip(kind.needed, ids, strict=False))
     has = ", ".join(field if field.isprintable() else ascii(field) for field in fields)
@@ -738,7 +759,7 @@ def _name_columns(
     if missing := [name for name in kind.needed if name not in places]:
         raise ValueError(f"{where}: the header has no column {', '.join(missing)}, but {has}")
     names = {place: name for name, place in places.items() if name in kind.needed + kind.others}
-    if not kind.n_fields:
+    if not kind.fields:
         for place, field in enumerate(fields):
             while field in names.values() and place not in names:
                 field += "_"

@@ -635,7 +635,7 @@ def test_types_of_parquet(tmp_path, column, expected):
         ("1,2,,60\n", [("1", "2", 60, 1)]),
         ("rating;user;time;item\n;a;1970-01-02;b\n", [("a", "b", 86_400, 2)]),
         ("user,sku\na,b\n", "line 1: the header has no column item, but user, sku"),
-        ("1,2,3,4,5\n", "line 1: 5 fields, not user, item"),
+        ("1,2,3,4,5\n", "line 1: 5 fields, not user, item[, rating, timestamp]"),
         ("1,2\n1,\n", "line 2: a value is missing (item)"),
         ("user,item\n", "no pairs"),
         ("", "no pairs"),
@@ -703,7 +703,7 @@ def test_a_table_that_is_none(tmp_path, text, column, message):
     assert str(caught.value).endswith(message)
 
 
-@pytest.mark.parametrize("name", WRITERS.keys() - {"no header"})
+@pytest.mark.parametrize("name", [name for name in WRITERS if name != "no header"])
 def test_a_table_may_have_any_columns(tmp_path, name):
     names = ["rating", "_1", "timestamp", "user_id", "item", "line", "user", "0", "value"]
     path = tmp_path / "people"
