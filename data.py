@@ -552,13 +552,7 @@ def read_pairs(
     """
     columns, is_empty = columns or {}, True
     with _open(path, None) as (label, file):
-        if _is_parquet(file):
-            scan, unit = _scan_parquet(label, file, PAIRS, columns), "row"
-            raws = _slice_parquet(label, scan, block)
-        else:
-            form, first = _detect(label, file, PAIRS, columns)
-            blocks, unit = _read_blocks(label, file, form, first), "line"
-            raws = (_read_strings(label, content, form, n_above) for content, n_above in blocks)
+        unit, raws = _read_raw(label, file, PAIRS, columns, block)
         for raw, lines in raws:
             pairs = _convert(f"{label}, {unit}", raw, lines, is_text=True)
             pairs = pairs.with_columns(polars.Series("line", lines, polars.Int64))
@@ -997,7 +991,8 @@ def _scan_parquet(
         is_good = dtype.is_integer() or (name in ("user", "item") and dtype in TEXT)
         is_good |= name in ("rating", "timestamp") and dtype.is_float()
         is_good |= name == "timestamp" and dtype in (polars.Date, polars.Datetime)
-        if name in NAMES and name in kind.needed + kind.others and not is_good:
+        is_good |= name == "title" and dtype in TEXT
+        if name in kind.needed + kind.others and not is_good:
             raise ValueError(f"{label}: the column {column!r} for {name} is of type {dtype}")
     places = _places_read(names).items()
     return scan.select(polars.nth(place).alias(name) for name, place in places)
@@ -1016,6 +1011,20 @@ def _slice_parquet(
         start += len(raw)
         if size is None or len(raw) < size:
             return
+
+
+def _read_raw(
+    label: str, file: IO[bytes], kind: _Kind, columns: Mapping[str, str], size: int | None
+) -> tuple[str, Iterator[tuple[polars.DataFrame, Sequence[int]]]]:
+    """What is counted, lines or rows; and the columns read as they are in the file, with numbers.
+
+    Block by block; of Parquet in slices of `size`, or at once.
+    """
+    if _is_parquet(file):
+        return "row", _slice_parquet(label, _scan_parquet(label, file, kind, columns), size)
+    form, first = _detect(label, file, kind, columns)
+    blocks = _read_blocks(label, file, form, first)
+    return "line", (_read_strings(label, content, form, n_above) for content, n_above in blocks)
 
 
 def _convert(
@@ -1212,12 +1221,12 @@ def _read_table(label: str, content: bytes, schema: dict, **options) -> polars.D
 
 
 def read_users(path: Path, *, column: str | None = None) -> polars.DataFrame | None:
-    """What is known of users: of MovieLens's, or of any from a table of one's own, by `read_own`.
+    """What is known of users: of MovieLens's, or of any from a table of one's own.
 
     From the first of `USERS_FILES` in a folder or a zip, None if it has none, or a file so called:
     user and age int64, gender, occupation and zip_code strings. In users.dat an occupation is a
     number, and an age the lowest of its group. Any other file, or one whose column of ids is named
-    by `column`, is a table of one's own. ValueError names a broken file.
+    by `column`, is a table of one's own, as for `read_items`. ValueError names a broken file.
     """
     if _is_own(path, USERS_FILES, column):
         return _read_own(path, USERS, column)
@@ -1240,8 +1249,10 @@ def read_items(path: Path, *, column: str | None = None) -> polars.DataFrame | N
 
     From the first of `ITEMS_FILES` in a folder or a zip, None if it has none, or a file so called:
     item int64, title string, year int64 (null if unknown), the last one in parentheses in the
-    title, genres list of strings. Any other file, or one whose column of ids is named by `column`,
-    is a table of one's own. ValueError names a broken file.
+    title, genres list of strings. ValueError names a broken file.
+
+    Any other file, or one whose column of ids is named by `column`, is a table of one's own, with a
+    header or Parquet: `_read_own` tells what becomes of its columns.
     """
     if _is_own(path, ITEMS_FILES, column):
         return _read_own(path, ITEMS, column)
@@ -1286,15 +1297,7 @@ def _read_own(path: Path, kind: _Kind, column: str | None) -> polars.DataFrame:
     key = kind.needed[0]
     columns = {} if column is None else {key: column}
     with _open(path, None) as (label, file):
-        if _is_parquet(file):
-            unit, raws = (
-                "row",
-                _slice_parquet(label, _scan_parquet(label, file, kind, columns), None),
-            )
-        else:
-            form, first = _detect(label, file, kind, columns)
-            blocks, unit = _read_blocks(label, file, form, first), "line"
-            raws = (_read_strings(label, content, form, n_above) for content, n_above in blocks)
+        unit, raws = _read_raw(label, file, kind, columns, None)
         frames = []
         for raw, lines in raws:
             _convert(f"{label}, {unit}", raw.select(key), lines)  # for what is missing

@@ -736,6 +736,9 @@ def test_types_of_a_table_of_parquet(tmp_path):
     people.with_columns(odd=polars.struct("zip")).write_parquet(path)
     with pytest.raises(ValueError, match="the column 'odd' is of type Struct"):
         data.read_users(path)
+    people.rename({"user_id": "id", "likes": "name"}).write_parquet(path)
+    with pytest.raises(ValueError, match="the column 'name' for title is of type List"):
+        data.read_items(path)
 
 
 def test_a_column_of_any_name_is_described():
