@@ -16,6 +16,7 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import statistics
@@ -123,7 +124,10 @@ def read(
     import data
 
     dataset = choose_dataset(dataset, ratings)
-    path = Path(ratings) if dataset is None else data.get_dataset(dataset, data_dir, notice=notice)
+    if dataset is None:
+        path = Path(ratings)
+    else:
+        path = data.get_dataset(dataset, data_dir and Path(data_dir), notice=notice)
     frames = []
     for file in (path, test):
         if file is None:
@@ -714,6 +718,9 @@ def _refusing(path, what):
         yield
     except OSError as error:
         raise OSError(f"{path}: {error.strerror or error}") from None
+    except pickle.UnpicklingError:  # whose text advises to run what is in the file
+        line = "there is more in it than tensors and plain values"
+        raise ValueError(f"{path}: not a {what} of this program: {line}") from None
     except Exception as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: not a {what} of this program: {line}") from None
@@ -726,7 +733,8 @@ def load(path, form):
     with open(path, "rb") as file:  # OSError for a folder, or where there is none
         if not zipfile.is_zipfile(file):  # torch's older formats are plain pickles
             raise ValueError("no zip file")
-    content = torch.load(path, weights_only=True, mmap=True)
+        file.seek(0)
+        content = torch.load(file, weights_only=True)
     if content["format"] != form:
         raise ValueError(f"format {content['format']!r}, not {form!r}")
     del content["format"]
@@ -1296,9 +1304,11 @@ def find_lr(training, *, n_steps=100, lr_min=1e-7, lr_max=10.0):
 
 def save_checkpoint(path, training, epochs, rows, arguments):
     """Write what `resume` goes on from: each member's state after the last of `rows`."""
+    where = {n: str(v) if isinstance(v, Path) else v for n, v in arguments["where"].items()}
+    test = arguments["test"] and str(arguments["test"])
     content = {
         "format": CHECKPOINT,
-        "arguments": arguments,
+        "arguments": arguments | {"where": where, "test": test},
         "fingerprint": find_fingerprint(training),
         "rows": rows,
         "params": [tuple(map(clone, epoch.params)) for epoch in epochs],

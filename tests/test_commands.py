@@ -1,14 +1,17 @@
 """Every command as a user runs it, on three kinds of data; bad input; trainings that are killed."""
 
 import json
+import random
 import re
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree
 from pathlib import Path
 
 import polars
 import pytest
+import torch
 
 import collab
 import data
@@ -255,3 +258,51 @@ def test_lr_find(trained):
     assert_same(found, as_json(curve))
     assert 1e-4 < found["valley"] < 1
     assert found["lrs"][0] == 1e-7
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--recipe", "best", "--ensemble", "2", "--n-factors", "4", "--batch-size", "512")],
+)
+def test_killed_at_any_moment_it_goes_on_to_the_same_bits(tmp_path, ratings, options):
+    """Real processes, `kill -9`: at random moments, and while a checkpoint is written."""
+    write_some(tmp_path, ratings)
+    command = [sys.executable, ROOT / "collab.py", "train"]
+    fresh = ["--ratings", "some.parquet", "--epochs", "60", "--seed", "3", *options]
+
+    def start(*arguments):
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen([*command, *arguments], cwd=tmp_path, **quiet)
+
+    assert start(*fresh, "--save", "whole.pt").wait() == 0
+    arguments, n_done = [*fresh, "--checkpoint", "c.pt"], 0
+    for moment in ("writing", "random"):
+        process, before = start(*arguments), find_inode(tmp_path / "c.pt")
+        while find_inode(tmp_path / "c.pt") == before:  # an epoch further than before
+            assert process.poll() is None
+            time.sleep(0.001)
+        if moment == "random":
+            time.sleep(random.random() / 10)
+        else:
+            while not list(tmp_path.glob(".*.part")):
+                assert process.poll() is None
+        process.kill()
+        process.wait()
+        assert n_done < read_rows(tmp_path / "c.pt") < 60
+        n_done, arguments = read_rows(tmp_path / "c.pt"), ["--resume", "c.pt"]
+    assert start("--resume", "c.pt", "--save", "parts.pt", "--metrics", "m.json").wait() == 0
+    whole, parts = (collab.load_model(tmp_path / name) for name in ("whole.pt", "parts.pt"))
+    for ours, theirs in zip(whole.params, parts.params, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert len(json.loads((tmp_path / "m.json").read_text())["epochs"]) == 60
+    assert whole.figures["mse"] == parts.figures["mse"]
+
+
+def find_inode(path):
+    """Which file a name is of: another one after each checkpoint."""
+    return path.stat().st_ino if path.exists() else None
+
+
+def read_rows(path):
+    """How many epochs a checkpoint is after, 0 without one."""
+    return len(collab.load_checkpoint(path)["rows"]) if path.exists() else 0
