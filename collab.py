@@ -2187,7 +2187,8 @@ def interpret_command(path, n, output, as_json):
     if as_json:
         parts = {"most": most, "least": least}
         return echo_json({name: [each._asdict() for each in part] for name, part in parts.items()})
-    for part in (most, least):
+    for name, part in (("most", most), ("least", least)):
+        click.echo(f"liked {name}:")
         echo_items(part, {}, as_json=False)
 
 

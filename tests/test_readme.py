@@ -3,6 +3,7 @@
 import doctest
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,28 @@ from pathlib import Path
 import polars
 import pytest
 
+import data
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [block.strip() for language, block in BLOCKS if language == "sh"]
 EXAMPLES = [block for language, block in BLOCKS if language == "python"]
+OTHER_RATINGS = (
+    "python collab.py train --ratings ratings.csv --items titles.csv --item-column product"
+    " --split last10"
+)
+
+
+def find_tour():
+    """The commands of the tour, each with what the README shows that it prints, or None."""
+    (text,) = re.findall(r"## A tour\n(.*?)\n## ", README, re.DOTALL)
+    found = re.findall(r"```sh\n(.*?)\n```\n(?:\n```text\n(.*?)\n```)?", text, re.DOTALL)
+    tour = [(command, shown or None) for command, shown in found]
+    return [each for each in tour if each[0].startswith("python collab.py")]
+
+
+TOUR = find_tour()
 MODULES = ("data", "model", "schedule", "train")
 
 
@@ -41,7 +59,9 @@ def numbers(text):
 
 def test_the_commands_are_known():
     """Here, in .ci/run, test_collab.py or test_bench.py each is run, long ones in a short form."""
-    assert COMMANDS == [
+    tour = [command for command, _ in TOUR]
+    assert all(command.startswith("python collab.py ") for command in tour)
+    assert [command for command in COMMANDS if command not in tour] == [
         "pip install -r requirements.txt && python collab.py train",
         "pip install -r tests/requirements.txt && python -m pytest",
         "python tests/figures.py",
@@ -51,12 +71,54 @@ def test_the_commands_are_known():
         "python tests/bench.py",
         "python tests/bench.py --scale",
         "torchrun --nproc-per-node 2 collab.py train",
-        "python collab.py train --ratings ratings.csv --split last10",
-        "python collab.py train --recipe best --features id,implicit --ensemble 2 --save model.pt",
+        "python tests/fold_in.py",
+        OTHER_RATINGS,
         "python collab.py train --holdout 0.1 --n-factors 20",
         "python collab.py cross-validate --splits u1,u2,u3,u4,u5",
         "python tests/reproduce.py",
     ]
+
+
+@pytest.mark.usefixtures("ml_100k")
+def test_the_tour_prints_what_the_readme_shows(main, tmp_path):
+    """Each command, in this order; test_commands.py runs each in a process of its own."""
+    (tmp_path / "pairs.csv").write_text("user,item\n196,242\n22,50\n")
+    for command, shown in TOUR:
+        done = main(*shlex.split(command)[2:])
+        assert done.returncode == 0, done.stderr
+        if shown is not None:
+            printed = done.stdout.splitlines()
+            assert len(printed) == len(shown.splitlines())
+            for mine, theirs in zip(printed, shown.splitlines(), strict=True):
+                assert re.sub(r"\d+\.\d+", "", mine) == re.sub(r"\d+\.\d+", "", theirs)
+                assert numbers(mine) == pytest.approx(numbers(theirs), abs=3e-3)
+    names = {"model.pt", "default.json", "pairs.csv", "predicted.csv", "recommended.parquet"}
+    assert names | {"lr.png", "map.png", "runs.svg", "training.pt"} == set(os.listdir(tmp_path))
+
+
+def test_the_example_of_the_library(tmp_path, ml_100k):
+    code = "import sys; sys.path.insert(0, sys.argv[1])\n" + EXAMPLES[0]
+    done = run("-c", code, ROOT, cwd=tmp_path)
+    lines = [line.rpartition(" ") for line in done.stdout.splitlines()]
+    assert len(lines) == 4, done.stderr
+    assert [title for title, _, _ in lines[:2]] == [
+        "318 Schindler's List (1993)",
+        "64 Shawshank Redemption, The (1994)",
+    ]
+    assert all(4 < float(rating) <= 5 for _, _, rating in lines)
+    assert done.stderr == ""
+    assert os.listdir(tmp_path) == ["model.pt"]
+
+
+def test_new_users_against_trained_ones(ml_100k):
+    """The table's command in short: one seed, the quick recipe, the figure within its spread."""
+    done = run("tests/fold_in.py", "--only", "default", "--seeds", 1)
+    assert done.returncode == 0, done.stderr
+    printed, shown = table_rows(done.stdout)["default"], table_rows(README)
+    assert abs(numbers(printed[2])[0]) < 0.02
+    assert numbers(shown["default"][2])[0] < 0.02
+    assert numbers(shown["best"][2])[0] < 0.02
+    assert numbers(printed[0])[0] < numbers(printed[3])[0] - 0.1
 
 
 def test_ci_runs_the_readmes_test_command():
@@ -68,7 +130,7 @@ def test_ci_runs_the_readmes_test_command():
 def test_the_training_command_prints_what_the_readme_shows(ml_100k):
     done = run(*COMMANDS[0].partition(" && python ")[2].split(" "))
     assert done.returncode == 0, done.stderr
-    (shown,) = (block for language, block in BLOCKS if language == "text")
+    shown = next(block for language, block in BLOCKS if language == "text")
     shown, printed = shown.splitlines(), done.stdout.splitlines()
     assert printed[0] == shown[0]
     assert len(printed) == len(shown)
@@ -122,19 +184,7 @@ def test_cells_are_mean_and_deviation():
     assert figures.cell([1.0, 2.0, 6.0], 2) == "3.00 ± 2.65"
 
 
-def test_a_saved_model_as_in_the_readme(tmp_path, ml_100k):
-    command = COMMANDS[10].removeprefix("python collab.py ").split(" ")
-    done = run(ROOT / "collab.py", *command, "--epochs", 3, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    code = "import sys; sys.path.insert(0, sys.argv[1])\n" + EXAMPLES[0]
-    done = run("-c", code, ROOT, cwd=tmp_path)
-    assert re.fullmatch(r"\d\.\d \+- \d\.\d\n", done.stdout), done.stderr
-    mean, deviation = numbers(done.stdout)
-    assert 2 < mean < 5
-    assert deviation < 1
-
-
-@pytest.mark.parametrize("command", COMMANDS[11:13])
+@pytest.mark.parametrize("command", COMMANDS[-3:-1])
 def test_the_other_commands(command, ml_100k, tmp_path):
     done = run(ROOT / "collab.py", *command.split(" ")[2:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -142,10 +192,12 @@ def test_the_other_commands(command, ml_100k, tmp_path):
     assert 0.7 < numbers(last)[0] < 1
 
 
-def test_the_command_for_other_ratings(tmp_path, ratings):
-    names = {"user": "userId", "item": "movieId"}
+def test_the_command_for_other_ratings(tmp_path, ratings, ml_100k):
+    names = {"user": "userId", "item": "product"}
     ratings.rename(names).write_csv(tmp_path / "ratings.csv")
-    command = COMMANDS[9].split(" ")[2:]
+    titles = data.read_items(ml_100k).select(product="item", title="title")
+    titles.write_csv(tmp_path / "titles.csv")
+    command = OTHER_RATINGS.split(" ")[2:]
     done = run(ROOT / "collab.py", *command, "--epochs", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert 0.9 < numbers(done.stdout.splitlines()[-1])[0] < 1.4
