@@ -876,21 +876,10 @@ def find_rows(saved, pairs, *, source, allow_unknown=False):
 
 
 def add_average(saved):
-    """`Model.tables` with one row more for users and for items: the mean of those seen."""
-    import torch
+    """`Model.tables` with the average user and item behind the others, for unknown ids."""
+    import model
 
-    return [
-        type(params)(
-            *(
-                torch.cat([table[: len(seen)], table[: len(seen)][seen].mean(0, True), rest])
-                for table, seen, rest in (
-                    (table, saved.seen[side], table[len(saved.seen[side]) :])
-                    for table, side in zip(params, (0, 1, 0, 1), strict=True)
-                )
-            )
-        )
-        for params in saved.tables
-    ]
+    return [model.append_average(tables, *saved.seen) for tables in saved.tables]
 
 
 def find_context(saved, users, items, times):
@@ -1055,16 +1044,9 @@ def check_overlap(saved, users, items, *, source):
 
 def score(tables, users, head):
     """Predictions of every item for the users of some rows: (B, n_items), not clipped."""
-    import torch
-
     import model
 
-    head = make_head(*head)
-    items = torch.arange(len(tables[0].item_factors))
-    total = 0.0
-    for params in tables:
-        total = total + model.predict(params, users.unsqueeze(1), items, head=head)
-    return total / len(tables)
+    return model.predict_all(tables, users, head=make_head(*head))
 
 
 class Recommendation(NamedTuple):

@@ -183,6 +183,15 @@ def predict(
     return head.predict(dot + user_bias + item_bias)
 
 
+def predict_all(members: Sequence[Params], users: Tensor, *, head: Head) -> Tensor:
+    """Predicted ratings of every item for `users` (B,): (B, n_items), the mean over the members."""
+    items = torch.arange(len(members[0].item_factors))
+    total = predict(members[0], users.unsqueeze(1), items, head=head)
+    for params in members[1:]:
+        total += predict(params, users.unsqueeze(1), items, head=head)
+    return total.div_(len(members)) if len(members) > 1 else total
+
+
 def _rows(table: Tensor, rows: Tensor) -> Tensor:
     """`table[rows]` in a fifth of its time."""
     return table.index_select(0, rows.reshape(-1)).view(*rows.shape, *table.shape[1:])
@@ -321,6 +330,18 @@ def fill_unseen(params: Params, seen_users: Tensor, seen_items: Tensor) -> Param
         fill(params.user_bias, seen_users),
         fill(params.item_bias, seen_items),
     )
+
+
+def append_average(params: Params, seen_users: Tensor, seen_items: Tensor) -> Params:
+    """A row behind the users' and one behind the items': the mean of those seen, for unknown ids.
+
+    As `fill_unseen` does for rows that are there; rows beyond the users' stay behind.
+    """
+    tables = []
+    for table, seen in zip(params, (seen_users, seen_items) * 2, strict=True):
+        own, rest = table.split([len(seen), len(table) - len(seen)])
+        tables.append(torch.cat([own, own[seen].mean(0, keepdim=True), rest]))
+    return Params(*tables)
 
 
 class Prior(NamedTuple):

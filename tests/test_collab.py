@@ -894,3 +894,188 @@ def test_folds_are_of_one_process(main, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     done = main("cross-validate")
     assert done.stderr == "Error: cross-validate is of one process, not of 2.\n"
+
+
+@pytest.fixture(scope="module")
+def found(ratings, ml_100k):
+    """ml-100k as `collab.read` gives it."""
+    tables = data.read_users(ml_100k), data.read_items(ml_100k)
+    return collab.Data("ml-100k", "ml-100k", ratings, None, *tables, None)
+
+
+@pytest.fixture(scope="module")
+def timed(found):
+    """A model with all features, two members."""
+    short = {"epochs": 2, "ensemble": 2, "n_factors": 8}
+    return collab.train_model(found, recipe="best", **short)
+
+
+def test_a_model_with_times_knows_the_moment_of_a_rating(timed, ratings):
+    """The test part as other ratings: the same errors, from the times that the model has kept."""
+    test = data.split(ratings, "ua")[1]
+    expected = {name: timed.figures[name] for name in ("n_test", "mse", "rmse", "mae")}
+    assert collab.evaluate(timed, test) == pytest.approx(expected, rel=1e-5)
+    assert collab.evaluate(timed) == pytest.approx(expected, rel=1e-6)
+    timeless = collab.evaluate(timed, test.drop("timestamp"))
+    assert timeless["mse"] > expected["mse"] + 0.01
+
+
+def test_what_a_new_user_rated_tells_by_all_that_the_model_has(timed):
+    """Implicit features, times and both outputs of an ensemble: nearer to the user than average."""
+    row = collab.find_user(timed, 22)
+    starts, items, ratings, times = timed.rated
+    own = slice(*starts[row : row + 2].tolist())
+    rows, ratings, times = items[own].long(), ratings[own], times[own]
+    head = collab.make_head(*timed.head)
+
+    def error(tables, user, *context):
+        users = torch.full_like(rows, user)
+        mean, _ = collab.predict_rows(tables, users, rows, *context, head=head)
+        return (mean - ratings).square().mean().item()
+
+    folded = collab.fold_in(timed, rows, ratings, times)
+    context = collab.find_new_context(timed, rows, ratings, times)
+    average = collab.add_average(timed)
+    assert [len(tables.user_bias) for tables in folded] == [1 + 4] * 2
+    assert error(folded, 0, context) < error(timed.tables, row, context) + 0.1
+    assert error(folded, 0, context) < error(average, len(timed.user_ids)) - 0.2
+    timeless = collab.fold_in(timed, rows, ratings)
+    assert not torch.equal(timeless[0].user_bias, folded[0].user_bias)
+
+
+@pytest.fixture(scope="module")
+def plain(found):
+    return collab.train_model(found, epochs=1)
+
+
+def test_unknown_ids_are_average_ones_on_request(plain):
+    with pytest.raises(ValueError, match=r"^predict: no user '0' in the model$"):
+        collab.predict(plain, [0], [1])
+    (mean,), _ = collab.predict(plain, [0], [10**9], allow_unknown=True)
+    seen_users, seen_items = plain.seen
+    p, q, b, c = (
+        table[seen].mean(0)
+        for table, seen in zip(plain.tables[0], (seen_users, seen_items) * 2, strict=True)
+    )
+    assert mean.item() == pytest.approx(0.5 + 5 * torch.sigmoid(p @ q + b + c).item(), rel=1e-5)
+    known, _ = collab.predict(plain, [22, 0], [50, 50], allow_unknown=True)
+    assert known[0] == collab.predict(plain, [22], [50])[0][0]
+
+
+def test_ids_are_found_as_they_are(plain):
+    assert collab.find_row(plain.user_ids, 22) == collab.find_row(plain.user_ids, "22") == 21
+    for raw in ("022", "+22", "22.0", " 22", "", "x", -22, 944, 10**30):
+        assert collab.find_row(plain.user_ids, raw) is None
+    texts = ["", "Ann", "ann", "ü"]
+    assert [collab.find_row(texts, text) for text in ("ann", "ü", "", "Ann ")] == [2, 3, 0, None]
+    with pytest.raises(ValueError, match=r"^no user ' 22' in the model; there is '22'$"):
+        collab.find_user(plain, " 22")
+
+
+def test_titles_are_found_by_a_part_that_is_alone(plain):
+    assert plain.item_ids[collab.find_item(plain, "STAR WARS")] == 50
+    assert plain.item_ids[collab.find_item(plain, "Alien (1979)")] == 183  # a whole one
+    assert plain.item_ids[collab.find_item(plain, 183)] == 183
+    with pytest.raises(ValueError, match=r"^'alien' is in \d+ titles: 183 'Alien \(1979\)', ") as e:
+        collab.find_item(plain, "alien")
+    assert "\n" not in str(e.value)
+    for text in ("no such film", " ", ""):
+        with pytest.raises(ValueError, match=r"no item .* in the model and in no title"):
+            collab.find_item(plain, text)
+
+
+def test_ratings_of_the_same_pair_in_training_are_refused(plain, ratings):
+    part = ratings.filter(polars.col("user") == 7)
+    with pytest.raises(
+        ValueError, match=r"^mine: \d+ of the \(user, item\) pairs are in the model"
+    ):
+        collab.evaluate(plain, part, source="mine")
+    assert collab.evaluate(plain, part, allow_overlap=True)["n_test"] == len(part)
+
+
+def test_likings_by_hand(plain):
+    most, least = collab.interpret(plain, n=2000)
+    params, counts = plain.tables[0], collab.count_ratings(plain)
+    assert len(most) == len(least) == (counts > 0).sum() == 1680
+    assert most == least[::-1]
+    row = collab.find_row(plain.item_ids, most[0].item)
+    assert row == params.item_bias.masked_fill(counts == 0, -9).argmax()
+    z = params.user_bias.mean() + params.item_bias[row]
+    assert most[0].rating == pytest.approx(0.5 + 5 * torch.sigmoid(z).item(), rel=1e-5)
+    assert most[0].n_ratings == counts[row]
+
+
+def test_a_rating_of_a_new_user_that_is_out_of_range(plain):
+    for rating in (0.5, 6, float("nan")):
+        with pytest.raises(ValueError, match=r"^rating .* of item 50 is not within 1 to 5$"):
+            collab.recommend(plain, rated=[(50, rating)])
+
+
+def test_ranking_figures_are_of_what_is_recommended(plain):
+    """Hits counted from `recommend`'s own lists."""
+    k, users, items, ratings = 10, *plain.test
+    found = collab.evaluate(plain, k=k, min_rating=4)
+    hits, n_users = 0, 0
+    for row in range(0, 943):
+        wanted = {plain.item_ids[i] for i in items[(users == row) & (ratings >= 4)].tolist()}
+        n_users += bool(wanted)
+        if wanted:
+            listed = collab.recommend(plain, plain.user_ids[row], n=k)
+            hits += len(wanted & {each.item for each in listed})
+    assert found["n_users"] == n_users
+    assert found["precision"] == pytest.approx(hits / k / n_users)
+
+
+@pytest.mark.usefixtures("ml_100k")
+def test_a_test_file_of_ones_own(main, tmp_path, ratings):
+    """ua's two parts as files give what the split gives; shared pairs are refused."""
+    train_part, test_part = data.split(ratings, "ua")
+    data.write_ratings(train_part, tmp_path / "ua.base")
+    data.write_ratings(test_part, tmp_path / "ua.test")
+    data.write_ratings(ratings, tmp_path / "all")
+    own = ("--rating-range", 1, 5, "--weight-decay", 0.5, "--bias-decay", 0.01)
+    short = ("--epochs", 1, "--metrics", "m.json")
+    assert main("train", "--ratings", "ua.base", "--test", "ua.test", *own, *short).returncode == 0
+    ours = read_json(tmp_path / "m.json")
+    assert main("train", *short).returncode == 0
+    theirs = read_json(tmp_path / "m.json")
+    assert (ours["split"], theirs["split"]) == ("test file", "ua")
+    assert [ours[n] for n in ("mse", "n_train")] == [theirs[n] for n in ("mse", "n_train")]
+    done = main("train", "--ratings", "all", "--test", "ua.test", *short)
+    assert_one_line(done, "9430 of the test part's (user, item) pairs are in the training part")
+    done = main("train", "--ratings", "all", "--test", "ua.test", "--allow-overlap", *short)
+    assert done.returncode == 0
+    assert read_json(tmp_path / "m.json")["n_train"] == 100_000
+
+
+def test_of_several_ratings_of_a_pair_the_latest_counts(main, tmp_path):
+    rows = [f"u{user},i{item},{1 + user * item % 5},7" for user in range(9) for item in range(9)]
+    (tmp_path / "r.csv").write_text("\n".join([*rows, "u1,i1,1,9", "u1,i1,5,8", "u2,i2,3,8"]))
+    found = collab.read(ratings=tmp_path / "r.csv")
+    pairs = {(user, item): rating for user, item, rating, _ in found.ratings.iter_rows()}
+    assert (len(found.ratings), pairs["u1", "i1"], pairs["u2", "i2"]) == (81, 1, 3)
+    done = main("train", "--ratings", "r.csv", "--epochs", 1)
+    assert done.stderr == "r.csv: 3 earlier ratings of the same user and item are left out\n"
+
+
+@pytest.mark.usefixtures("ml_100k")
+def test_nothing_is_left_to_resume(main, tmp_path):
+    assert main("train", "--epochs", 2, "--checkpoint", "c.pt", "--save", "m.pt").returncode == 0
+    done = main("train", "--resume", "c.pt", "--save", "again.pt")
+    assert done.stderr.splitlines()[-1] == "c.pt: going on after epoch 2 of 2"
+    assert len(done.stdout.splitlines()) == 4
+    ours, again = (collab.load_model(tmp_path / name) for name in ("m.pt", "again.pt"))
+    assert are_equal(ours.params, again.params)
+
+
+@pytest.mark.usefixtures("ml_100k")
+def test_a_checkpoint_fixes_all_that_the_result_depends_on(main, tmp_path):
+    assert main("train", "--epochs", 1, "--checkpoint", "c.pt").returncode == 0
+    for option in (("--seed", 0), ("--n-factors", 40), ("--split", "ua"), ("--recipe", "default")):
+        done = main("train", "--resume", "c.pt", *option)
+        assert done.returncode == 2
+        assert done.stderr == f"Error: {option[0]} is the checkpoint's, with --resume.\n"
+    before = (tmp_path / "c.pt").read_bytes()
+    done = main("evaluate", "c.pt")
+    assert_one_line(done, "c.pt: not a model of this program: format 'collab checkpoint 1'")
+    assert (tmp_path / "c.pt").read_bytes() == before

@@ -366,3 +366,27 @@ def test_components_are_those_of_the_singular_value_decomposition():
     assert torch.allclose(places.abs(), expected.abs())
     assert places.shape == (50, 2)
     assert (places.max(0).values > -places.min(0).values).all()
+
+
+def test_all_items_are_predicted_by_the_mean_of_the_members(params):
+    others = model.Params(*(table.flip(0) for table in params))
+    users, items = torch.tensor([4, 0]), torch.arange(9)
+    pairs = torch.cartesian_prod(users, items).unbind(1)
+    expected = (
+        model.predict(params, *pairs, head=HEAD) + model.predict(others, *pairs, head=HEAD)
+    ) / 2
+    found = model.predict_all([params, others], users, head=HEAD)
+    assert torch.allclose(found, expected.view(2, 9))
+    assert torch.allclose(
+        model.predict_all([params], users, head=HEAD).view(-1),
+        model.predict(params, *pairs, head=HEAD),
+    )
+
+
+def test_the_average_row_stands_behind_the_others(params):
+    seen_users, seen_items = torch.tensor([True, False, True]), torch.ones(9, dtype=torch.bool)
+    longer = model.append_average(params, seen_users, seen_items)  # three rows more than users
+    assert [len(table) for table in longer] == [7, 10, 7, 10]
+    assert torch.equal(longer.user_factors[3], params.user_factors[[0, 2]].mean(0))
+    assert torch.equal(longer.user_factors[4:], params.user_factors[3:])
+    assert longer.item_bias[9] == params.item_bias.mean()
