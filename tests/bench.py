@@ -175,13 +175,16 @@ def compare_loops(task, threads, repeats):
     return seconds | once
 
 
-def compare_start(path, repeats):
+def compare_start(path, folder, repeats):
     """Loading ml-100k, and processes beside one that only imports torch."""
-    command = ROOT / "collab.py"
+    command, saved = ROOT / "collab.py", folder / "model.pt"
+    process(command, "train", "--save", saved)
+    answer = partial(process, command, "recommend", saved, "--user", "196")
     measures = {
         'python -c "import torch"': partial(process, "-c", "import torch"),
         "collab.py --help": partial(process, command, "--help"),
         "collab.py train, to the first line of the table": partial(first_line, command, "train"),
+        "collab.py recommend, from a saved model": answer,
         "u.data to tensors": partial(timed, load, path, "ua"),
     }
     seconds = alternate(measures, repeats)
@@ -246,6 +249,29 @@ def train_child(path, folder, *options):
     arguments = ["train", "--ratings", path, "--metrics", metrics, *options]
     _, seconds, peak = run_child(ROOT / "collab.py", *arguments)
     return json.loads(metrics.read_text()) | {"job_seconds": seconds, "peak_mib": peak}
+
+
+def recommend_child(path, folder, options):
+    """Seconds and peak MiB of `recommend --all-users` from a model of one epoch."""
+    saved, output = folder / "model.pt", folder / "recommended.parquet"
+    run_child(
+        ROOT / "collab.py",
+        "train",
+        "--ratings",
+        path,
+        *options[:4],
+        "--epochs",
+        "1",
+        "--save",
+        saved,
+    )
+    line, seconds, peak = run_child(
+        ROOT / "collab.py", "recommend", saved, "--all-users", "--output", output
+    )
+    click.echo(
+        f"{line.strip()}: {seconds:.1f} s, peak {peak:.0f} MiB".replace(str(output), "a file")
+    )
+    return {"seconds": seconds, "peak_mib": peak}
 
 
 def compare_loading(path, venvs, repeats):
@@ -360,6 +386,7 @@ def measure_scale(sizes, kept, folder, venvs, repeats):
             "train": trained,
             "loading": compare_loading(path, venvs, repeats),
             "steps": compare_steps(path, 2, repeats),
+            "recommend": recommend_child(path, folder, options),
         }
         dense = statistics.median(figures[size]["steps"]["a step, dense, by hand"])
         n_steps = -(-trained["n_train"] // LARGE_BATCH)
@@ -374,7 +401,7 @@ def measure_small(folder, venvs, repeats):
     path = data.get_ml_100k(notice=lambda line: click.echo(line, err=True)) / "u.data"
     frames = data.split(data.read_ratings(path), "ua")
     task = collab.prepare(*frames, ("id",))
-    figures = compare_start(path, repeats)
+    figures = compare_start(path, folder, repeats)
     for threads in (1, 2):
         figures |= compare_loops(task, threads, repeats)
     return figures | compare_peers(task, frames, folder, venvs, repeats)

@@ -66,6 +66,8 @@ def test_the_scale_series_in_small(tmp_path):
     assert len(steps) == 3
     assert all(0 < numpy.median(seconds) < 1 for seconds in steps.values())
     assert "x faster" in done.output
+    assert "10 items for each of 196 users in a file: " in done.output
+    assert figures["recommend"]["peak_mib"] > 100
 
 
 def test_an_error_that_is_not_reached(ua):
