@@ -532,8 +532,7 @@ def set_up(
     with the data, and for a training part with nothing to learn.
     """
     options = choose_options(recipe, given)
-    if found.test is not None and split is not None:
-        raise ValueError(f"--split {split} and --test do not go together.")
+    check_split(split, found.test)
     is_given = given.get("features") is not None
     kinds = options["features"] = choose_features(options["features"], found, is_given=is_given)
     split = split or ("ua" if found.name == "ml-100k" else "random")
@@ -568,6 +567,12 @@ def set_up(
     if holdout is not None:
         figures["holdout"] = holdout
     return Training(task, options, clip, find_titles(about["items"], task.ids.items), figures)
+
+
+def check_split(split, test):
+    """ValueError where a test part is named twice."""
+    if split is not None and test is not None:
+        raise ValueError(f"--split {split} and --test do not go together.")
 
 
 def check_part(task, source):
@@ -1023,7 +1028,7 @@ def rank(saved, users, items, ratings, *, k, min_rating=None):
         seen=saved.rated[:2],
         n_items=n_items,
         k=k,
-        block=max(ROWS_AT_ONCE // n_items, 1),
+        block=ROWS_AT_ONCE // make_head(*saved.head).n_outputs,
     )._asdict()
 
 
@@ -1097,7 +1102,7 @@ def recommend_all(saved, *, n=10, include_seen=False, block=None):
     item_ids = polars.Series(saved.item_ids)
     titles = saved.titles and polars.Series(saved.titles)
     n_items = len(item_ids)
-    block = block or max(ROWS_AT_ONCE // n_items, 1)
+    block = block or max(ROWS_AT_ONCE // n_items // make_head(*saved.head).n_outputs, 1)
     n = min(n, n_items)
     for first in range(0, len(saved.user_ids), block):
         users = torch.arange(first, min(first + block, len(saved.user_ids)))
@@ -1735,11 +1740,12 @@ def start(threads, paths):
     torch.set_num_threads(threads)
 
 
-def check_usage(recipe, given, where, paths=()):
+def check_usage(recipe, given, where, paths=(), *, split=None, test=None):
     """UsageError for options that do not go together, before anything is read."""
     with _usage():
         choose_options(recipe, given)
         choose_dataset(where["dataset"], where["ratings"])
+        check_split(split, test)
     names = [path.resolve() for path in paths if path is not None]
     if len(set(names)) < len(names):
         twice = next(path for path in filter(None, paths) if names.count(path.resolve()) > 1)
@@ -1767,7 +1773,8 @@ def train_command(context, threads, save_to, metrics, checkpoint, resume, **argu
         refuse_given(context, {"resume", "checkpoint", "save_to", "metrics", "threads"})
         arguments, checkpoint = point["arguments"], checkpoint or resume
     where, given = arguments["where"], arguments["given"]
-    check_usage(arguments["recipe"], given, where, (save_to, metrics, checkpoint))
+    parts = {name: arguments[name] for name in ("split", "test")}
+    check_usage(arguments["recipe"], given, where, (save_to, metrics, checkpoint), **parts)
     rank, n_processes = find_processes()
     if n_processes > 1 and checkpoint is not None:
         raise click.UsageError(f"--checkpoint is of one process, not of {n_processes}.")
@@ -1921,7 +1928,7 @@ def cross_validate_command(splits, folds, where, recipe, given, seed, threads, m
 @JSON
 def lr_find_command(where, recipe, given, threads, test, plot_to, as_json, **settings):
     """Suggest an --lr-max: fastai's range test, one short run at a growing learning rate."""
-    check_usage(recipe, given, where)
+    check_usage(recipe, given, where, split=settings["split"], test=test)
     start(threads, (plot_to,))
     found = read(**read_options(where), test=test, notice=_notice)
     curve = find_lr(set_up(found, recipe=recipe, **settings, **given))
@@ -2120,6 +2127,8 @@ def echo_items(found, asked, *, as_json):
     """Print items (NamedTuples) as a table with the title last; as JSON with what was asked."""
     if as_json:
         return echo_json(asked | {"items": [each._asdict() for each in found]})
+    if not found:
+        return click.echo("no items")
     lines = [[name for name in type(found[0])._fields if name != "title"] + ["title"]]
     for each in found:
         values = [value for name, value in each._asdict().items() if name != "title"]
@@ -2154,7 +2163,8 @@ def info_command(path, as_json):
         return echo_json(told)
     for name, value in (told | told.pop("options")).items():
         value = f"{value:.4f}" if isinstance(value, float) and abs(value) >= 0.1 else value
-        click.echo(f"{name:16} {', '.join(map(str, value)) if isinstance(value, list) else value}")
+        text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+        click.echo(f"{name:16} {text}")
 
 
 @cli.command("interpret")
