@@ -128,17 +128,11 @@ def read(
         path = Path(ratings)
     else:
         path = data.get_dataset(dataset, data_dir and Path(data_dir), notice=notice)
-    frames = []
-    for file in (path, test):
-        if file is None:
-            frames.append(None)
-            continue
-        own = {} if file is path and ratings is None else {"columns": columns}
-        found = data.read_ratings(Path(file), rating_range=rating_range, **own)
-        kept = data.drop_repeats(found)
-        if n_repeats := len(found) - len(kept):
-            notice(f"{file}: {n_repeats:,} earlier ratings of the same user and item are left out")
-        frames.append(kept)
+    options = {"rating_range": rating_range, "notice": notice}
+    frames = [
+        read_part(path, columns=columns if dataset is None else None, **options),
+        None if test is None else read_part(Path(test), columns=columns, **options),
+    ]
     has_tables = path.is_dir() or zipfile.is_zipfile(path)
     tables = []
     for reader, own, name in ((data.read_users, users, "user"), (data.read_items, items, "item")):
@@ -152,6 +146,17 @@ def read(
             if frame is not None:
                 data.check_ids(frame)
     return Data(dataset, dataset or str(ratings), *frames, rating_range)
+
+
+def read_part(path, *, columns, rating_range, notice):
+    """The ratings of a file, one for each user and item."""
+    import data
+
+    ratings = data.read_ratings(path, columns=columns, rating_range=rating_range)
+    kept = data.drop_repeats(ratings)
+    if n_repeats := len(ratings) - len(kept):
+        notice(f"{path}: {n_repeats:,} earlier ratings of the same user and item are left out")
+    return kept
 
 
 class Task(NamedTuple):
