@@ -573,14 +573,44 @@ USAGE = {
 
 
 @pytest.mark.parametrize("arguments", USAGE.values(), ids=USAGE)
-def test_wrong_usage_exits_2_with_the_value(run, arguments):
-    done = run(*arguments)
+def test_wrong_usage_exits_2_with_the_value(main, arguments):
+    done = main(*arguments)
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("Error: ")
+    assert "Traceback" not in line
     words = ("--splits and --folds", "requires 2", "a decay of 2", "--y-range", "''", "both x")
     assert arguments[-1].split(",")[-1] in line or any(word in line for word in words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("train --split u1 --test x", "--split u1 and --test do not go together."),
+        ("lr-find --split random --test x", "--split random and --test do not go together."),
+        ("train --save x --checkpoint ./x", "two of the results are both x."),
+        ("train --rating-range 5 nan", "'--rating-range': nan is not a finite number."),
+        ("predict m --user 5", "Give --user and --item, or --pairs and --output."),
+        ("predict m --pairs x", "--pairs goes with --output, not with --user and --item."),
+        ("predict m --user 5 --item 5 --output x.csv", "--output goes with --pairs."),
+        ("predict m --pairs x --output x.txt", "does not end in .csv or .tsv or .parquet."),
+        ("recommend m", "Give one of --user, --rated and --all-users."),
+        ("recommend m --user 5 --rated 1:2", "Give one of --user, --rated and --all-users."),
+        ("recommend m --all-users", "--all-users and --output go together."),
+        ("recommend m --user 5 --output x.csv", "--all-users and --output go together."),
+        ("recommend m --user 5 -n 0", "0 is not in the range 1<=x<=1000000."),
+        ("similar m", "Missing option '--item'."),
+        ("map m --output x.jpg", "'x.jpg' does not end in .png or .svg."),
+        ("plot --output x.png", "Missing argument 'FILE.json...'."),
+    ],
+)
+def test_what_does_not_go_together_exits_2(main, tmp_path, arguments, line):
+    done = main(*arguments.split(" "))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Error: ")
+    assert done.stderr.endswith(f"{line}\n")
+    assert os.listdir(tmp_path) == []
 
 
 def test_no_command_shows_the_help(run):
