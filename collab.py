@@ -758,36 +758,38 @@ def check_model(content):
     import model
 
     content["params"] = [model.Params(**params) for params in content["params"]]
-    sizes = n_users, n_items = len(content["user_ids"]), len(content["item_ids"])
-    starts, items = content["rated"][:2]
-    users, test_items, ratings = content["test"][:3]
-    head = make_head(*content["head"])
+    ids = content["user_ids"], content["item_ids"]
+    n_users, n_items = sizes = tuple(map(len, ids))
+    starts, items, *history = content["rated"]
+    users, test_items, *rest = content["test"]
+    figures, head = content["figures"], make_head(*content["head"])
+    is_timed = "time" in figures["options"]["features"]
+    low, high = content["clip"]
     fits = [
+        *(type(each[0]) in (int, str) and each == sorted(set(each)) for each in ids),
         *(len(mask) == n for mask, n in zip(content["seen"], sizes, strict=True)),
         content["titles"] is None or len(content["titles"]) == n_items,
-        len(content["clip"]) == 2,
+        low < high and math.isfinite(figures["epochs"][-1]["train_loss"]),
         len(starts) == n_users + 1 and is_rising(starts, len(items)),
         is_within(items, n_items) and is_within(users, n_users) and is_within(test_items, n_items),
-        len(users) == len(test_items) == len(ratings),
+        all(len(column) == len(items) for column in history) and len(history) == 2 * is_timed,
+        all(len(column) == len(users) for column in (test_items, *rest)),
+        len(rest) == 1 + is_timed,
         len(content["params"]) > 0,
     ]
     for params in content["params"]:
-        n_factors = params.user_factors.shape[1]
-        outputs = () if head.n_outputs == 1 else (head.n_outputs,)
         rows = sizes
         if content["features"] is not None:
             rows = len(params.user_factors), len(params.item_factors)
-        fits += [
-            (params.user_factors.shape, params.user_bias.shape)
-            == ((rows[0], n_factors), (rows[0], *outputs)),
-            (params.item_factors.shape, params.item_bias.shape)
-            == ((rows[1], n_factors), (rows[1], *outputs)),
-        ]
-        for (starts, columns, values), n, m in zip(
-            content["features"] or (), sizes, rows, strict=False
-        ):
-            fits += [len(starts) > n, is_rising(starts, len(columns)), is_within(columns, m)]
-            fits += [len(columns) == len(values)]
+            for side, n, m in zip(content["features"], sizes, rows, strict=True):
+                starts, columns, values = side
+                fits += [len(starts) > n, is_rising(starts, len(columns)), is_within(columns, m)]
+                fits += [len(columns) == len(values)]
+        factors = params.user_factors.shape[1:]
+        outputs = () if head.n_outputs == 1 else (head.n_outputs,)
+        shapes = [(n, *last) for last in (factors, outputs) for n in rows]
+        fits += [tuple(t.shape) == shape for t, shape in zip(params, shapes, strict=True)]
+        fits += [t.is_floating_point() and bool(t.isfinite().all()) for t in params]
     if not all(fits):
         raise ValueError("its parts do not fit each other")
 
