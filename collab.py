@@ -22,11 +22,13 @@ import signal
 import statistics
 import sys
 import time
+import warnings
 import zipfile
 from bisect import bisect_left
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial, wraps
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,6 +88,7 @@ RECIPES = {
 
 ML_100K_ROWS = 943 + 1_682  # users and items, for which the recipes' decays are
 MOST_LEVELS = 100  # distinct ratings that loss ordinal takes; it has a bias for each
+LARGEST = 3e38  # of float32's numbers
 ROWS_AT_ONCE = 1 << 24  # predictions held in memory when all items are ranked
 
 
@@ -133,11 +136,13 @@ def read(
         read_part(path, columns=columns if dataset is None else None, **options),
         None if test is None else read_part(Path(test), columns=columns, **options),
     ]
-    has_tables = path.is_dir() or zipfile.is_zipfile(path)
+    has_tables = path.is_dir() or (path.is_file() and zipfile.is_zipfile(path))  # a pipe: once
     tables = []
     for reader, own, name in ((data.read_users, users, "user"), (data.read_items, items, "item")):
         if own is not None:
             tables.append(reader(Path(own), column=(columns or {}).get(name)))
+            if tables[-1] is None:
+                raise ValueError(f"{own}: no table of {name}s in it")
         else:
             tables.append(reader(path) if has_tables else None)
     frames = data.same_ids(*frames, *tables)
@@ -537,7 +542,7 @@ def set_up(
     with the data, and for a training part with nothing to learn.
     """
     options = choose_options(recipe, given)
-    check_split(split, found.test)
+    check_split(split, found.test, holdout)
     is_given = given.get("features") is not None
     kinds = options["features"] = choose_features(options["features"], found, is_given=is_given)
     split = split or ("ua" if found.name == "ml-100k" else "random")
@@ -574,10 +579,11 @@ def set_up(
     return Training(task, options, clip, find_titles(about["items"], task.ids.items), figures)
 
 
-def check_split(split, test):
+def check_split(split, test, holdout):
     """ValueError where a test part is named twice."""
-    if split is not None and test is not None:
-        raise ValueError(f"--split {split} and --test do not go together.")
+    for name, value in (("split", split), ("holdout", holdout)):
+        if test is not None and value is not None:
+            raise ValueError(f"--{name} {value} and --test do not go together.")
 
 
 def check_part(task, source):
@@ -696,6 +702,7 @@ def group_by_user(users, items, ratings, times, *, n_users):
 
 FORMAT = "collab 2"  # of a saved model
 CHECKPOINT = "collab checkpoint 1"
+ROW = ("epoch", "train_loss", "mse", "rmse", "mae", "seconds", "evaluate_seconds")
 
 
 def save_model(path, saved):
@@ -753,28 +760,70 @@ def load(path, form):
     return content
 
 
+def check_types(content):
+    """Raise ValueError for a part of a model that is not of the type that `save_model` writes."""
+    import torch
+
+    def are(tensors, dtype, n_dims=1):
+        form = dtype, n_dims, torch.strided, "cpu"
+        return all(
+            (tensor.dtype, tensor.dim(), tensor.layout, tensor.device.type) == form
+            and (not dtype.is_floating_point or bool(tensor.isfinite().all()))
+            for tensor in tensors
+        )
+
+    def are_ids(raw_ids):
+        kinds = set(map(type, raw_ids))
+        is_rising = all(first < second for first, second in pairwise(raw_ids))
+        is_small = kinds == {str} or -(2**63) <= raw_ids[0] <= raw_ids[-1] < 2**63
+        return type(raw_ids) is list and kinds in ({int}, {str}) and is_rising and is_small
+
+    figures, rated, test = content["figures"], content["rated"], content["test"]
+    titles, texts = content["titles"], (content["titles"], content["user_ids"], content["item_ids"])
+    json.dumps((texts, figures), ensure_ascii=False, allow_nan=False).encode()  # no surrogates
+    kinds = figures["options"]["features"]
+    is_timed = "time" in kinds
+    low, high = map(float, content["clip"])
+    right = [
+        are_ids(content["user_ids"]) and are_ids(content["item_ids"]),
+        titles is None or (type(titles) is list and set(map(type, titles)) == {str}),
+        -math.inf < low < high < math.inf,
+        set(kinds) <= set(FEATURES) and (content["features"] is None) == (tuple(kinds) == ("id",)),
+        math.isfinite(figures["epochs"][-1]["train_loss"]) and type(figures["split"]) is str,
+        are(content["seen"], torch.bool) and all(mask.any() for mask in content["seen"]),
+        are(rated[:1], torch.int64) and are(rated[1:2], torch.int32),
+        are(rated[2:3], torch.float32) and are(rated[3:], torch.int64),
+        len(rated) == 2 + 2 * is_timed and len(test) == 3 + is_timed,
+        are(test[:2], torch.int64) and are(test[2:3], torch.float32),
+        are(test[3:], torch.float32, 2) and len(test[0]) > 0,
+        content["head"][0] != "bounded" or all(map(math.isfinite, content["head"][1])),
+    ]
+    for params in content["params"]:
+        right += [are(params[:2], torch.float32, 2) and params[0].shape[1] > 0]
+        right += [are(params[2:], torch.float32, params[2].dim())]
+    for starts, columns, values in content["features"] or ():
+        right += [are((starts, columns), torch.int64) and are((values,), torch.float32)]
+    if not all(right):
+        raise ValueError("a part is not of its type")
+
+
 def check_model(content):
     """Raise ValueError for a file whose parts do not fit: a row out of a table would be read."""
     import model
 
     content["params"] = [model.Params(**params) for params in content["params"]]
-    ids = content["user_ids"], content["item_ids"]
-    n_users, n_items = sizes = tuple(map(len, ids))
+    check_types(content)
+    n_users, n_items = sizes = len(content["user_ids"]), len(content["item_ids"])
     starts, items, *history = content["rated"]
     users, test_items, *rest = content["test"]
-    figures, head = content["figures"], make_head(*content["head"])
-    is_timed = "time" in figures["options"]["features"]
-    low, high = content["clip"]
+    head = make_head(*content["head"])
     fits = [
-        *(type(each[0]) in (int, str) and each == sorted(set(each)) for each in ids),
         *(len(mask) == n for mask, n in zip(content["seen"], sizes, strict=True)),
         content["titles"] is None or len(content["titles"]) == n_items,
-        low < high and math.isfinite(figures["epochs"][-1]["train_loss"]),
         len(starts) == n_users + 1 and is_rising(starts, len(items)),
         is_within(items, n_items) and is_within(users, n_users) and is_within(test_items, n_items),
-        all(len(column) == len(items) for column in history) and len(history) == 2 * is_timed,
+        all(len(column) == len(items) for column in history),
         all(len(column) == len(users) for column in (test_items, *rest)),
-        len(rest) == 1 + is_timed,
         len(content["params"]) > 0,
     ]
     for params in content["params"]:
@@ -783,13 +832,13 @@ def check_model(content):
             rows = len(params.user_factors), len(params.item_factors)
             for side, n, m in zip(content["features"], sizes, rows, strict=True):
                 starts, columns, values = side
-                fits += [len(starts) > n, is_rising(starts, len(columns)), is_within(columns, m)]
+                fits += [n < len(starts) <= n + 5, is_within(columns, m)]
+                fits += [is_rising(starts, len(columns))]
                 fits += [len(columns) == len(values)]
         factors = params.user_factors.shape[1:]
         outputs = () if head.n_outputs == 1 else (head.n_outputs,)
         shapes = [(n, *last) for last in (factors, outputs) for n in rows]
         fits += [tuple(t.shape) == shape for t, shape in zip(params, shapes, strict=True)]
-        fits += [t.is_floating_point() and bool(t.isfinite().all()) for t in params]
     if not all(fits):
         raise ValueError("its parts do not fit each other")
 
@@ -805,7 +854,7 @@ def is_within(rows, n):
 def find_row(raw_ids, raw):
     """The row of a raw id, given as it is or as text; None for one that is not there."""
     if isinstance(raw_ids[0], int):
-        if not re.fullmatch(r"-?[1-9]\d*|0", str(raw)):
+        if not re.fullmatch(r"-?[1-9]\d{0,18}|0", str(raw)):
             return None
         raw = int(raw)
     else:
@@ -1027,7 +1076,8 @@ def rank(saved, users, items, ratings, *, k, min_rating=None):
     if min_rating is not None:
         counts &= ratings >= min_rating
     if not counts.any():
-        raise ValueError(f"no rating of at least {min_rating} to look for")
+        least = "" if min_rating is None else f" of at least {min_rating:g}"
+        raise ValueError(f"no rating{least} by a known user of a known item to look for")
     return train.rank(
         lambda rows: score(saved.tables, rows, saved.head),
         users[counts],
@@ -1300,11 +1350,9 @@ def find_lr(training, *, n_steps=100, lr_min=1e-7, lr_max=10.0):
 
 def save_checkpoint(path, training, epochs, rows, arguments):
     """Write what `resume` goes on from: each member's state after the last of `rows`."""
-    where = {n: str(v) if isinstance(v, Path) else v for n, v in arguments["where"].items()}
-    test = arguments["test"] and str(arguments["test"])
     content = {
         "format": CHECKPOINT,
-        "arguments": arguments | {"where": where, "test": test},
+        "arguments": arguments,
         "fingerprint": find_fingerprint(training),
         "rows": rows,
         "params": [tuple(map(clone, epoch.params)) for epoch in epochs],
@@ -1319,9 +1367,17 @@ def load_checkpoint(path):
 
     with _refusing(path, "checkpoint"):
         content = load(path, CHECKPOINT)
-        names = {"arguments", "fingerprint", "rows", "params", "states"}
-        if set(content) != names or not content["rows"]:
+        if set(content) != {"arguments", "fingerprint", "rows", "params", "states"}:
             raise ValueError("its parts are not those of a checkpoint")
+        numbers = [row[name] for row in content["rows"] for name in ROW]
+        tensors = [t for name in ("params", "states") for each in content[name] for t in each]
+        fits = [
+            len(content["rows"]) > 0 and all(map(math.isfinite, numbers)),
+            0 < len(content["params"]) == len(content["states"]),
+            all(isinstance(tensor, torch.Tensor) for tensor in tensors),
+        ]
+        if not all(fits):
+            raise ValueError("its parts do not fit each other")
         for *_, generator in content["states"]:
             torch.Generator().set_state(generator)  # whose errors would come in the loop
         return content
@@ -1340,7 +1396,9 @@ def picture(path, figure):
     import data
 
     content = io.BytesIO()
-    figure.savefig(content, format=path.suffix[1:].lower())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of glyphs that the font lacks
+        figure.savefig(content, format=path.suffix[1:].lower())
     data.write_file(path, content.getvalue())
 
 
@@ -1367,6 +1425,8 @@ def plot_runs(runs):
     momenta = lrs.twinx()
     momenta.spines["top"].set_visible(False)
     for number, (name, run) in enumerate(runs.items()):
+        name = name.encode(errors="replace").decode().replace("$", r"\$")  # no formula
+        name = f" {name}" if name.startswith("_") else name  # which would have no label
         color, options = f"C{number % 10}", run["options"]
         epochs = [row["epoch"] for row in run["epochs"]]
         for axes, key in ((errors, "mse"), (losses, "train_loss")):
@@ -1432,22 +1492,26 @@ def shorten(title, longest=34):
     return title.replace("$", r"\$")
 
 
+LABEL_PLACES = ((4, 3, "left"), (-4, 3, "right"), (4, -9, "left"), (-4, -9, "right"))  # in points
+
+
 def place_labels(figure, axes, places, texts):
     """Write each text beside its place where it covers none before it, else nowhere."""
-    figure.draw_without_rendering()  # the axes have their place only then
-    figure.set_layout_engine("none")
-    taken, frame = [], axes.get_window_extent()
-    for place, text in zip(places, texts, strict=True):
-        for x, y, align in ((4, 3, "left"), (-4, 3, "right"), (4, -9, "left"), (-4, -9, "right")):
-            label = axes.annotate(
-                text, place, xytext=(x, y), textcoords="offset points", ha=align, fontsize=7
-            )
-            box = label.get_window_extent().expanded(1.02, 1.1)
-            is_inside = frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
-            if is_inside and not any(box.overlaps(other) for other in taken):
-                taken.append(box)
-                break
-            label.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of glyphs that the font lacks
+        figure.draw_without_rendering()  # the axes have their place only then
+        figure.set_layout_engine("none")
+        taken, frame = [], axes.get_window_extent()
+        for place, text in zip(places, texts, strict=True):
+            for x, y, align in LABEL_PLACES:
+                offset = {"xytext": (x, y), "textcoords": "offset points", "ha": align}
+                label = axes.annotate(text, place, fontsize=7, **offset)
+                box = label.get_window_extent().expanded(1.02, 1.1)
+                is_inside = frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
+                if is_inside and not any(box.overlaps(other) for other in taken):
+                    taken.append(box)
+                    break
+                label.remove()
 
 
 def plot_likings(most, least):
@@ -1479,6 +1543,8 @@ def _finite(context, parameter, value):
 
 def _interval(context, parameter, value):
     _finite(context, parameter, value)
+    if value is not None and max(map(abs, value)) > LARGEST:
+        raise click.BadParameter(f"{max(value, key=abs):g} is beyond the numbers of float32.")
     if value is not None and value[0] >= value[1]:
         raise click.BadParameter(f"{value[0]:g} is not below {value[1]:g}.")
     return value
@@ -1579,7 +1645,7 @@ def cli():
 
 
 FILE = click.Path(path_type=Path)
-POSITIVE = click.FloatRange(0, min_open=True)
+POSITIVE = click.FloatRange(0, 1e30, min_open=True)  # of float32
 COLUMN_OPTIONS = {
     f"{name}_column": click.option(
         f"--{name}-column", metavar="NAME", help=f"The {name} column's name in the files' headers."
@@ -1747,12 +1813,17 @@ def start(threads, paths):
     torch.set_num_threads(threads)
 
 
-def check_usage(recipe, given, where, paths=(), *, split=None, test=None):
+def check_usage(recipe, given, where, paths=(), *, split=None, test=None, holdout=None):
     """UsageError for options that do not go together, before anything is read."""
     with _usage():
         choose_options(recipe, given)
         choose_dataset(where["dataset"], where["ratings"])
-        check_split(split, test)
+        check_split(split, test, holdout)
+    sources = [where["ratings"], where["users"], where["items"], test]
+    sources = {path.resolve() for path in sources if path is not None}
+    for path in paths:
+        if path is not None and path.resolve() in sources:
+            raise click.UsageError(f"{path} is read, and would be written over.")
     names = [path.resolve() for path in paths if path is not None]
     if len(set(names)) < len(names):
         twice = next(path for path in filter(None, paths) if names.count(path.resolve()) > 1)
@@ -1769,19 +1840,21 @@ def check_usage(recipe, given, where, paths=(), *, split=None, test=None):
     "--resume", type=FILE, help="Go on from this checkpoint, and keep it up unless --checkpoint."
 )
 @click.pass_context
-def train_command(context, threads, save_to, metrics, checkpoint, resume, **arguments):
+def train_command(context, threads, save_to, metrics, checkpoint, resume, **options):
     """Train a model, printing its error on the test part after each epoch.
 
     Under torchrun each process has a share of the ratings, and the result is that of one.
     """
-    point = None
+    point, told = None, context.params
     if resume is not None:
         point = load_checkpoint(resume)
-        refuse_given(context, {"resume", "checkpoint", "save_to", "metrics", "threads"})
-        arguments, checkpoint = point["arguments"], checkpoint or resume
-    where, given = arguments["where"], arguments["given"]
-    parts = {name: arguments[name] for name in ("split", "test")}
-    check_usage(arguments["recipe"], given, where, (save_to, metrics, checkpoint), **parts)
+        told, checkpoint = (
+            restore_options(context, point["arguments"], resume),
+            checkpoint or resume,
+        )
+    where, given = ({n: told[n] for n in names} for names in (DATA_OPTIONS, RECIPE_OPTIONS))
+    parts = {name: told[name] for name in ("split", "holdout", "test")}
+    check_usage(told["recipe"], given, where, (save_to, metrics, checkpoint), **parts)
     rank, n_processes = find_processes()
     if n_processes > 1 and checkpoint is not None:
         raise click.UsageError(f"--checkpoint is of one process, not of {n_processes}.")
@@ -1793,8 +1866,8 @@ def train_command(context, threads, save_to, metrics, checkpoint, resume, **argu
     start(threads, (save_to, metrics, checkpoint))
     names = ("recipe", "split", "holdout", "seed", "allow_overlap")
     training = set_up(
-        read(**read_options(where), test=arguments["test"], notice=_notice),
-        **{name: arguments[name] for name in names},
+        read(**read_options(where), test=told["test"], notice=_notice),
+        **{name: told[name] for name in names},
         **given,
     )
     load_seconds = time.perf_counter() - started
@@ -1802,25 +1875,26 @@ def train_command(context, threads, save_to, metrics, checkpoint, resume, **argu
         _notice(unseen)
     rows, go_on, members = [], None, []
     if point is not None:
-        if point["fingerprint"] != find_fingerprint(training):
+        is_same = point["fingerprint"] == find_fingerprint(training)
+        if not is_same or len(point["states"]) != training.options["ensemble"]:
             raise ValueError(f"{resume}: the ratings are not those that it was trained on")
         rows, go_on, members = point["rows"], (len(point["rows"]), point["states"]), point["params"]
         _notice(f"{resume}: going on after epoch {len(rows)} of {training.options['epochs']}")
-    tested = "test" if arguments["holdout"] is None else "held"
+    tested = "test" if told["holdout"] is None else "held"
     click.echo(f"epoch | train_loss | {tested}_mse | {tested}_rmse | {tested}_mae |    time")
-    options = {"options": training.options, "seed": arguments["seed"], "clip": training.clip}
+    options = {"options": training.options, "seed": told["seed"], "clip": training.clip}
     epochs = fit_epochs(training.task, **options, n_processes=n_processes, resume=go_on)
     for done, row in show_epochs(epochs, training, rows):
         rows.append(row)
         members = [epoch.params for epoch in done]
         if checkpoint is not None:
-            save_checkpoint(checkpoint, training, done, rows, arguments)
+            save_checkpoint(checkpoint, training, done, rows, keep_options(told))
     figures = conclude(training, rows) | {"load_seconds": load_seconds}
     if n_processes > 1:
         figures["processes"] = n_processes
     place = figures["split"]
-    if arguments["holdout"] is not None:
-        place = f"{arguments['holdout']:g} of the training part of {place}"
+    if told["holdout"] is not None:
+        place = f"{told['holdout']:g} of the training part of {place}"
     result = (
         "{} mse {mse:.4f}, rmse {rmse:.4f}, mae {mae:.4f} on {}, trained in {fit_seconds:.2f} s"
     )
@@ -1831,12 +1905,29 @@ def train_command(context, threads, save_to, metrics, checkpoint, resume, **argu
         save_json(metrics, figures)
 
 
-def refuse_given(context, allowed):
-    """UsageError for an option on the command line that is not one of those `allowed`."""
-    for parameter in context.command.params:
-        is_given = context.get_parameter_source(parameter.name).name == "COMMANDLINE"
-        if is_given and parameter.name not in allowed:
-            raise click.UsageError(f"{parameter.opts[0]} is the checkpoint's, with --resume.")
+NOT_KEPT = {"resume", "checkpoint", "save_to", "metrics", "threads"}  # in a checkpoint
+
+
+def keep_options(told):
+    """The values of train's options as text and numbers, as click takes them again."""
+    kept = {name: value for name, value in told.items() if name not in NOT_KEPT}
+    if kept["features"] is not None:
+        kept["features"] = ",".join(kept["features"])
+    return {name: str(v) if isinstance(v, Path) else v for name, v in kept.items()}
+
+
+def restore_options(context, kept, path):
+    """The values that `keep_options` kept, checked by click. UsageError for one given besides."""
+    told = dict(context.params)
+    for option in context.command.params:
+        if option.name in NOT_KEPT:
+            continue
+        if context.get_parameter_source(option.name).name == "COMMANDLINE":
+            raise click.UsageError(f"{option.opts[0]} is the checkpoint's, with --resume.")
+        with _refusing(path, "checkpoint"):
+            value = kept[option.name]
+            told[option.name] = None if value is None else option.process_value(context, value)
+    return told
 
 
 def show_epochs(epochs, training, rows):
@@ -1900,9 +1991,10 @@ def cross_validate_command(splits, folds, where, recipe, given, seed, threads, m
     else:
         splits = splits or ("u1", "u2", "u3", "u4", "u5")
         parts = ((name, data.split(found.ratings, name)) for name in splits)
-    click.echo(" fold | test_rmse | test_mae |    time")
     rows = []
     for name, (ratings, test) in parts:
+        if not rows:  # not before the first cut, which may fail
+            click.echo(" fold | test_rmse | test_mae |    time")
         part = found._replace(ratings=ratings, test=test)
         training = set_up(part, recipe=recipe, seed=seed, **given)
         if unseen := describe_unseen(training.task):
@@ -1935,7 +2027,8 @@ def cross_validate_command(splits, folds, where, recipe, given, seed, threads, m
 @JSON
 def lr_find_command(where, recipe, given, threads, test, plot_to, as_json, **settings):
     """Suggest an --lr-max: fastai's range test, one short run at a growing learning rate."""
-    check_usage(recipe, given, where, split=settings["split"], test=test)
+    parts = {name: settings[name] for name in ("split", "holdout")}
+    check_usage(recipe, given, where, (plot_to,), **parts, test=test)
     start(threads, (plot_to,))
     found = read(**read_options(where), test=test, notice=_notice)
     curve = find_lr(set_up(found, recipe=recipe, **settings, **given))
@@ -1954,6 +2047,18 @@ def save_json(path, figures):
 
 def echo_json(value):
     click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def check_known(saved, frame, path, columns):
+    """ValueError for an unknown id in a file of ratings, with the line, which its frame has not."""
+    import data
+
+    try:
+        find_rows(saved, frame, source=path)
+    except ValueError:
+        for pairs in data.read_pairs(path, columns=columns) if path.is_file() else ():
+            find_rows(saved, pairs, source=path)
+        raise
 
 
 @cli.command("evaluate")
@@ -1977,11 +2082,17 @@ def echo_json(value):
 @JSON
 def evaluate_command(path, ratings, columns, ranking, k, min_rating, as_json, **allowed):
     """Print a saved model's error on the test part of its training, or on other ratings."""
+    if min_rating is not None and not ranking:
+        raise click.UsageError("--min-rating goes with --ranking.")
+
     import data
 
     saved, frame = load_model(path), None
     if ratings is not None:
-        frame = data.drop_repeats(data.read_ratings(ratings, columns=choose_columns(columns)))
+        columns = choose_columns(columns)
+        frame = data.drop_repeats(data.read_ratings(ratings, columns=columns))
+        if not allowed["allow_unknown"]:
+            check_known(saved, frame, ratings, columns)
     figures = evaluate(
         saved,
         frame,
@@ -2109,15 +2220,15 @@ def write_recommendations(path, output, *, n, include_seen, as_json):
     data.write_frames(output, shown())
     if as_json:
         return echo_json({"n_users": len(saved.user_ids), "output": str(output)})
-    click.echo(f"{n} items for each of {len(saved.user_ids):,} users in {output}")
+    click.echo(f"up to {n} items for each of {len(saved.user_ids):,} users in {output}")
 
 
 def read_rated(text, columns):
     """A new user's ratings from `--rated`: a list of (item, rating[, timestamp])."""
-    if (path := Path(text)).exists():
+    if os.path.exists(text):  # False, not OSError, where the text is too long for a name
         import data
 
-        return list(data.read_rated(path, columns=columns).iter_rows())
+        return list(data.read_rated(Path(text), columns=columns).iter_rows())
     rated = []
     for pair in text.split(","):
         item, _, rating = (part.strip() for part in pair.rpartition(":"))
@@ -2135,7 +2246,7 @@ def echo_items(found, asked, *, as_json):
     if as_json:
         return echo_json(asked | {"items": [each._asdict() for each in found]})
     if not found:
-        return click.echo("no items")
+        return _notice("no item is left")
     lines = [[name for name in type(found[0])._fields if name != "title"] + ["title"]]
     for each in found:
         values = [value for name, value in each._asdict().items() if name != "title"]
@@ -2184,7 +2295,7 @@ def interpret_command(path, n, output, as_json):
     saved = load_model(path)
     most, least = interpret(saved, n=n)
     if output is not None:
-        picture(output, plot_likings(most, least))
+        picture(output, plot_likings(most[:50], least[:50]))
     if as_json:
         parts = {"most": most, "least": least}
         return echo_json({name: [each._asdict() for each in part] for name, part in parts.items()})
@@ -2219,13 +2330,16 @@ def read_metrics(path):
         names = ("batch_size", "drop_last", "epochs", "lr_max")
         options = [figures["options"][name] for name in names]
         for number in (*options, figures["n_train"], *(value for row in epochs for value in row)):
-            if not math.isfinite(number):
-                raise ValueError(f"{number} is not finite")
+            if not abs(number) < LARGEST:
+                raise ValueError(f"{number} is out of range")
         if not epochs:
             raise ValueError("no epochs")
+        for count in (figures["n_train"], figures["options"]["epochs"], options[0]):
+            if not isinstance(count, int) or not 0 < count < 2**53:
+                raise ValueError(f"{count} is no number of ratings or epochs")
     except OSError as error:
         raise OSError(f"{path}: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         why = f"no {error}" if isinstance(error, LookupError) else error
         raise ValueError(f"{path}: not the figures of a training: {why}") from None
     return figures

@@ -66,7 +66,7 @@ def test_the_scale_series_in_small(tmp_path):
     assert len(steps) == 3
     assert all(0 < numpy.median(seconds) < 1 for seconds in steps.values())
     assert "x faster" in done.output
-    assert "10 items for each of 196 users in a file: " in done.output
+    assert "up to 10 items for each of 196 users in a file: " in done.output
     assert figures["recommend"]["peak_mib"] > 100
 
 
