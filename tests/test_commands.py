@@ -182,7 +182,7 @@ def test_recommend_to_a_new_user(trained):
     expected = as_json(collab.recommend(trained.model, rated=rated, n=5))
     polars.DataFrame(rated, ["item", "rating"], orient="row").write_csv(trained.folder / "mine.csv")
     assert_same(trained.ask("recommend", "--rated", "mine.csv", "-n", 5)["items"], expected)
-    if trained.name != "strings":  # whose ids have commas
+    if trained.name == "ml-100k":
         text = ",".join(f"{item}:{rating}" for item, rating in rated)
         assert_same(trained.ask("recommend", "--rated", text, "-n", 5)["items"], expected)
     opposite = [(item, 6 - rating) for item, rating in rated]
@@ -220,7 +220,6 @@ def test_info(trained):
     found = trained.ask("info")
     assert found == as_json(collab.describe_model(trained.model))
     assert found["mse"] == json.loads((trained.folder / "m.json").read_text())["mse"]
-    assert f"n_users          {len(trained.model.user_ids)}\n" in trained.run("info", "m.pt")
 
 
 def test_interpret(trained):
@@ -231,12 +230,15 @@ def test_interpret(trained):
     assert_picture(trained.folder / "likings.png")
 
 
-def test_map_and_plot(trained):
+def test_map(trained):
     """SVG, of which the texts can be read back."""
     trained.run("map", "m.pt", "--output", "map.svg")
     counts = collab.count_ratings(trained.model)
     title = collab.shorten(collab.find_title(trained.model, counts.argmax().item()))
     assert title in read_comments(trained.folder / "map.svg")
+
+
+def test_plot(trained):
     trained.run("plot", "m.json", "m.json", "--output", "runs.svg")
     texts = read_comments(trained.folder / "runs.svg")
     assert {"epoch", "test MSE", "learning rate (solid)", "momentum (dotted)", "m"} <= texts
