@@ -432,11 +432,10 @@ def _items_tsv(rows: list[tuple[str, str, list[str]]]) -> bytes:
 
 
 RATINGS_FILES = ("ratings.csv", "ratings.dat", "u.data")
-ITEMS_FILES = ("items.tsv", "movies.csv", "movies.dat", "u.item")
-USERS_FILES = ("u.user", "users.dat")
 LARGEST_MEMBER = 4 << 30  # bytes of a file in a zip or a gzip; ml-32m's ratings have 0.9e9
 LONGEST_LINE = 1 << 16  # bytes
 BLOCK = 4 << 20  # bytes parsed at a time
+CHUNK = 1 << 17  # bytes, that stay in the processor's cache
 SLICE = 1 << 18  # ratings handled at a time, so that no column is copied whole
 SEPARATORS = ("\t", "::", ",", ";", "|")
 # The columns of ratings, and how their names begin, in any case, where a header is read.
@@ -448,12 +447,12 @@ NAMES = {
 }
 NUMBERS = dict.fromkeys(NAMES, polars.Int64) | {"rating": polars.Float32}
 ISO_8601 = (
-    r"^(?<day>[0-9]{4}-[0-9]{2}-[0-9]{2})(?:[Tt ](?<minute>[0-9]{2}:[0-9]{2})"
-    r"(?::(?<second>[0-9]{2})(?:[.,][0-9]+)?)?"
-    r"(?:[Zz]|(?<sign>[+-])(?<hours>[01][0-9]|2[0-3])(?::?(?<minutes>[0-5][0-9]))?)?)?$"
+    r"^(?<day>\d{4}-\d\d-\d\d)(?:[Tt ](?<minute>\d\d:\d\d)(?<second>:\d\d)?(?:[.,]\d+)?"
+    r"(?<zone>[Zz]|[+-]\d\d(?::?\d\d)?)?)?$"
 )
 TEXT = (polars.String, polars.Categorical, polars.Enum)
 Range = tuple[float, float]
+ANY = (-math.inf, math.inf)
 
 
 class _Kind(NamedTuple):
@@ -480,6 +479,18 @@ class _Form(NamedTuple):
     is_header: bool  # whether the first record is one
 
 
+USERS_FILES = {
+    "u.user": _Form("|", ["user", "age", "gender", "occupation", "zip_code"], False),
+    "users.dat": _Form("::", ["user", "gender", "age", "occupation", "zip_code"], False),
+}
+ITEMS_FILES = {
+    "items.tsv": _Form("\t", ["item", "title", "year", "genres"], True),
+    "movies.csv": _Form(",", ["item", "title", "genres"], True),
+    "movies.dat": _Form("::", ["item", "title", "genres"], False),
+    "u.item": _Form("\t", ["item", "title", "year", "genres"], True),  # once it is an items.tsv
+}
+
+
 def read_ratings(
     path: Path,
     *,
@@ -504,38 +515,20 @@ def read_ratings(
     name = _find(path, RATINGS_FILES)
     if name is None and (path.is_dir() or _is_zip(path)):
         raise ValueError(f"{path}: no {', '.join(RATINGS_FILES)} in it")
-    return _read_records(path, name, RATINGS, columns, rating_range)
+    return _read_records(path, name, RATINGS, columns, rating_range or ANY)
 
 
 def read_rated(path: Path, *, columns: Mapping[str, str] | None = None) -> polars.DataFrame:
     """The ratings of one user, as `read_ratings` of a file without the column user."""
-    return _read_records(path, None, RATED, columns, None)
+    return _read_records(path, None, RATED, columns, ANY)
 
 
 def _read_records(
-    path: Path,
-    name: str | None,
-    kind: _Kind,
-    columns: Mapping[str, str] | None,
-    rating_range: Range | None,
+    path: Path, name: str | None, kind: _Kind, columns: Mapping[str, str] | None, bounds: Range
 ) -> polars.DataFrame:
-    columns = columns or {}
-    low, high = map(numpy.float32, rating_range or (-math.inf, math.inf))
-    bounds = (float(low), float(high))  # rounded as a rating is
-    with _open(path, name) as (label, file):
-        if _is_parquet(file):
-            scan = _scan_parquet(label, file, kind, columns)
-            frames = [
-                _convert(f"{label}, row", raw, rows, bounds)
-                for raw, rows in _slice_parquet(label, scan, None)
-            ]
-        else:
-            form, first = _detect(label, file, kind, columns)
-            frames = [_read_whole(file, form, first, bounds)]
-            if frames[0] is None:
-                frames = _parse_blocks(label, _read_blocks(label, file, form, first), form, bounds)
-    if not frames:
-        raise ValueError(f"{label}: no ratings")
+    low, high = map(float, map(numpy.float32, bounds))  # rounded as a rating is
+    raws = _read_raw(path, name, kind, columns, bounds=(low, high))
+    frames = [_convert(where, raw, numbers, (low, high)) for where, raw, numbers in raws]
     return polars.concat(same_ids(*frames), rechunk=False)
 
 
@@ -550,19 +543,13 @@ def read_pairs(
     Columns user and item String, exactly as in the file; timestamp Int64, if the file has it; line
     Int64, from 1: that in which the pair begins, or the row of Parquet. Errors as `read_ratings`.
     """
-    columns, is_empty = columns or {}, True
-    with _open(path, None) as (label, file):
-        unit, raws = _read_raw(label, file, PAIRS, columns, block)
-        for raw, lines in raws:
-            pairs = _convert(f"{label}, {unit}", raw, lines, is_text=True)
-            pairs = pairs.with_columns(polars.Series("line", lines, polars.Int64))
-            is_empty = False
-            yield from pairs.iter_slices(block)
-    if is_empty:
-        raise ValueError(f"{label}: no pairs")
+    for where, raw, numbers in _read_raw(path, None, PAIRS, columns, size=block):
+        pairs = _convert(where, raw, numbers, is_text=True)
+        pairs = pairs.with_columns(polars.Series("line", numbers, polars.Int64))
+        yield from pairs.iter_slices(block)
 
 
-def _find(path: Path, names: Sequence[str]) -> str | None:
+def _find(path: Path, names: Iterable[str]) -> str | None:
     """Which file of a folder, or member of a zip, has the first of `names` that is there."""
     if path.is_dir():
         found = {name: name for name in names if (path / name).is_file()}
@@ -604,18 +591,14 @@ def _open(path: Path, name: str | None) -> Iterator[tuple[str, IO[bytes]]]:
             is_gzip = file.peek(2)[:2] == b"\x1f\x8b"
             yield str(path), gzip.GzipFile(fileobj=file) if is_gzip else file
         return
-    with _naming(path), zipfile.ZipFile(path) as archive:
-        label = f"{path}, {name if name.isprintable() else ascii(name)}"
-        if archive.getinfo(name).file_size > LARGEST_MEMBER:
-            raise ValueError(f"{label}: more than {LARGEST_MEMBER:,} bytes")
-        with archive.open(name) as file:
-            yield label, file
+    with _naming(path), zipfile.ZipFile(path) as archive, archive.open(name) as file:
+        yield f"{path}, {name if name.isprintable() else ascii(name)}", file
 
 
 def _read(label: str, file: IO[bytes], size: int) -> bytes:
-    """At most `size` bytes, of a gzip not more than `LARGEST_MEMBER` in all."""
+    """At most `size` bytes, of a zip's member or a gzip no more than `LARGEST_MEMBER` in all."""
     content = file.read(size)
-    if isinstance(file, gzip.GzipFile) and file.tell() > LARGEST_MEMBER:
+    if not isinstance(file, io.BufferedReader) and file.tell() > LARGEST_MEMBER:
         raise ValueError(f"{label}: more than {LARGEST_MEMBER:,} bytes")
     return content
 
@@ -624,21 +607,89 @@ def _read_all(label: str, file: IO[bytes]) -> bytes:
     return b"".join(iter(lambda: _read(label, file, BLOCK), b""))
 
 
-def _is_on_disk(file: IO[bytes]) -> bool:
-    return isinstance(file, io.BufferedReader) and Path(file.name).is_file()
+def _read_raw(
+    path: Path,
+    name: str | None,
+    kind: _Kind,
+    columns: Mapping[str, str] | None,
+    *,
+    size: int | None = None,
+    bounds: Range | None = None,
+) -> Iterator[tuple[str, polars.DataFrame, Sequence[int]]]:
+    """The columns of a file as they are in it, block by block, with the number of each row.
+
+    What is numbered, rows of Parquet or lines of text, comes first. A block of Parquet has `size`
+    rows, or all; from text come strings, or, as long as all are integers and ratings in `bounds`,
+    what `_convert` makes of them.
+    """
+    is_empty = True
+    with _open(path, name) as (label, file):
+        is_parquet = file.peek(4)[:4] == b"PAR1"
+        if is_parquet:
+            blocks = _read_parquet(label, file, kind, columns or {}, size)
+        else:
+            blocks = _read_text(label, file, kind, columns or {}, bounds)
+        for raw, numbers in blocks:
+            is_empty = False
+            yield f"{label}, {'row' if is_parquet else 'line'}", raw, numbers
+    if is_empty:
+        raise ValueError(f"{label}: no {kind.noun}")
+
+
+def _read_parquet(
+    label: str, file: IO[bytes], kind: _Kind, columns: Mapping[str, str], size: int | None
+) -> Iterator[tuple[polars.DataFrame, range]]:
+    try:
+        scan = _scan_parquet(label, file, kind, columns)
+        n_rows = scan.select(polars.len()).collect().item()
+        for start in range(0, n_rows, size or n_rows or 1):
+            raw = scan.slice(start, size).collect()
+            yield raw, range(start + 1, start + 1 + len(raw))
+    except (polars.exceptions.PolarsError, polars.exceptions.PanicException) as error:
+        raise ValueError(f"{label}: no good Parquet ({_first_line(error)})") from None
+
+
+def _scan_parquet(
+    label: str, file: IO[bytes], kind: _Kind, columns: Mapping[str, str]
+) -> polars.LazyFrame:
+    """The columns read of a Parquet file, of types that `_convert` takes."""
+    is_on_disk = isinstance(file, io.BufferedReader) and Path(file.name).is_file()
+    source = Path(file.name) if is_on_disk else io.BytesIO(_read_all(label, file))
+    scan = polars.scan_parquet(source, glob=False, hive_partitioning=False)
+    schema = scan.collect_schema()
+    names = _name_columns(label, list(schema), kind, columns)
+    for name, (column, dtype) in zip(names, schema.items(), strict=True):
+        is_good = dtype.is_integer() or (name in ("user", "item", "title") and dtype in TEXT)
+        is_good |= name in ("rating", "timestamp") and dtype.is_float()
+        is_good |= name == "timestamp" and dtype in (polars.Date, polars.Datetime)
+        if name in kind.needed + kind.others and not is_good:
+            raise ValueError(f"{label}: the column {column!r} for {name} is of type {dtype}")
+    return scan.select(_choose(names))
+
+
+def _choose(names: Sequence[str | None]) -> list[polars.Expr]:
+    """The columns that have a name, by it."""
+    return [polars.nth(place).alias(name) for place, name in enumerate(names) if name is not None]
+
+
+def _read_text(
+    label: str, file: IO[bytes], kind: _Kind, columns: Mapping[str, str], bounds: Range | None
+) -> Iterator[tuple[polars.DataFrame, Sequence[int]]]:
+    form, first = _detect(label, file, kind, columns)
+    for block, one_byte, n_above in _read_blocks(label, file, form, first):
+        ratings = _read_numbers(block, one_byte, bounds) if bounds else None
+        if ratings is None:
+            bounds = None  # the rest will hardly be numbers
+            yield _read_strings(label, block, one_byte, n_above)
+        else:
+            yield ratings, range(n_above + 1, n_above + 1 + len(ratings))
 
 
 def _detect(
     label: str, file: IO[bytes], kind: _Kind, columns: Mapping[str, str]
 ) -> tuple[_Form, bytes]:
     """The form of a text by its first record, and that record: a line, or more if it has quotes."""
-    first = file.readline(LONGEST_LINE).removeprefix(b"\xef\xbb\xbf")
-    while (
-        first.count(b'"') % 2
-        and len(first) < LONGEST_LINE
-        and (more := file.readline(LONGEST_LINE))
-    ):
-        first += more
+    first = _read_lines(label, file, 0).removeprefix(b"\xef\xbb\xbf")
     if not first.strip():
         raise ValueError(f"{label}: no {kind.noun}" + (" in line 1" if first else ""))
     where = f"{label}, line 1"
@@ -655,16 +706,8 @@ def _detect(
     separator = max(records, key=lambda s: _count_known(records[s], kind, columns))
     fields = records[separator]
     is_header = _is_header(fields, kind, columns)
-    if is_header:
-        names = _name_columns(where, fields, kind, columns)
-    elif columns:
-        raise ValueError(f"{where}: no header, so no column {next(iter(columns.values()))!r}")
-    elif _fits(fields, kind):
-        names = [name if name in kind.needed + kind.others else None for name in kind.fields]
-    else:
-        form = f"{', '.join(kind.needed)}[, {', '.join(kind.fields[len(kind.needed) :])}]"
-        raise ValueError(f"{where}: {len(fields)} fields, not {form}")
-    return _Form(separator, names[: len(fields)], is_header), first
+    name = _name_columns if is_header else _name_fields
+    return _Form(separator, name(where, fields, kind, columns), is_header), first
 
 
 def _split_record(text: str, separator: str) -> list[str]:
@@ -680,9 +723,8 @@ def _count_known(fields: list[str], kind: _Kind, columns: Mapping[str, str]) -> 
     """How much of what is read a first line has, if these are its fields."""
     if _is_header(fields, kind, columns):
         return len(_find_places(fields, kind, columns))
-    rating = kind.fields.index("rating")
-    is_good = _fits(fields, kind) and all(map(_is_number, fields[rating : rating + 1]))
-    return len(fields) if is_good else 0
+    rating = dict(zip(kind.fields, fields, strict=False)).get("rating", "0")
+    return len(fields) if _fits(fields, kind) and _is_number(rating) else 0
 
 
 def _fits(fields: list[str], kind: _Kind) -> bool:
@@ -708,31 +750,32 @@ def _is_number(text: str) -> bool:
 
 def _find_places(fields: list[str], kind: _Kind, columns: Mapping[str, str]) -> dict[str, int]:
     """Which field of a header names which column; the columns told by `columns` choose first."""
-    known = list(NAMES) if kind.fields else [*kind.needed, *kind.others]
+    known = NAMES if kind.fields else kind.needed + kind.others
     places = {}
     for name in sorted(known, key=lambda name: name not in columns):
-        ranks = [
-            (_rank(field, name, columns.get(name)), place) for place, field in enumerate(fields)
-        ]
-        free = [(rank, place) for rank, place in ranks if rank and place not in places.values()]
-        if free:
-            places[name] = min(free)[1]
+        found = (
+            place
+            for pattern in _patterns(name, kind, columns.get(name))
+            for place, field in enumerate(fields)
+            if place not in places.values() and re.fullmatch(f"(?is:{pattern})", field.strip())
+        )
+        if (place := next(found, None)) is not None:
+            places[name] = place
     return places
 
 
-def _rank(field: str, name: str, told: str | None) -> int:
-    """How well a field of a header names a column: 1 is best, 0 is not at all."""
-    word = field.strip().lower()
+def _patterns(name: str, kind: _Kind, told: str | None) -> list[str]:
+    """Regular expressions of what names a column in a header, the best first."""
     if told is not None:
-        return 1 if field == told else 2 * (word == told.strip().lower())
+        told = re.escape(told.strip())
+        return [f"(?-i:{told})", told]
     if name == "title":
-        return ("", "title", "name").index(word) if word in ("title", "name") else 0
-    begins = re.match(rf"\W*({NAMES[name]})(?![ _-]?\d)", word)
-    if begins is None:
-        return 0
-    word = word.partition(":")[0]  # RecBole tells the type after it
-    is_id = name in ("user", "item") and word.endswith("id")
-    return 1 if is_id or word == begins[1] else 3
+        return ["title", "name"]
+    begins = rf"\W*({NAMES[name]})(?![ _-]?\d)"
+    is_id = name in ("user", "item")
+    # RecBole tells the type after a colon.
+    best = rf"{begins}{'([^:]*id)?' if is_id else ''}(:.*)?"
+    return [best, f"{begins}.*"] + ["id"] * (not kind.fields)
 
 
 def _name_columns(
@@ -740,9 +783,6 @@ def _name_columns(
 ) -> list[str | None]:
     """What each field of a header is. A table's other columns keep their names."""
     places = _find_places(fields, kind, columns)
-    if not kind.fields and kind.needed[0] not in places | columns:
-        ids = [place for place, field in enumerate(fields) if field.strip().lower() == "id"]
-        places |= dict(zip(kind.needed, ids, strict=False))
     has = ", ".join(field if field.isprintable() else ascii(field) for field in fields)
     has = has if len(has) < 500 else has[:500] + "..."
     for name, told in columns.items():
@@ -762,92 +802,37 @@ def _name_columns(
     return [names.get(place) for place in range(len(fields))]
 
 
-def _read_whole(
-    file: IO[bytes], form: _Form, first: bytes, bounds: Range
-) -> polars.DataFrame | None:
-    """The ratings of a file on disk, by all cores; None where it takes blocks to tell."""
-    if not _is_on_disk(file) or form.separator == "::" or None in form.columns:
-        return None
-    if form.is_header and first.count(b"\n") > 1:
-        return None
-    # Opened again, for polars moves the position; by path, it would take a * as a pattern.
-    with open(file.name, "rb") as whole:
-        ratings = _read_numbers(whole, form, bounds, skip_rows=int(form.is_header))
-    if ratings is None:
-        return None
-    with open(file.name, "rb") as whole:
-        if whole.read(3) != b"\xef\xbb\xbf":
-            whole.seek(0)
-        if form.is_header:
-            whole.readline()
-        return ratings if _is_canonical(whole, form.separator) else None
-
-
-def _read_numbers(
-    source: bytes | IO[bytes], form: _Form, bounds: Range, **options
-) -> polars.DataFrame | None:
-    """Ratings by integers, None for any others: also a field too few or too many, if it is read."""
-    try:
-        ratings = _read_csv(source, form, NUMBERS, **options)
-    except polars.exceptions.PolarsError:
-        return None
-    rating = ratings["rating"]
-    is_good = len(ratings) and not sum(ratings.null_count().row(0))
-    is_good = is_good and rating.is_finite().all() and rating.is_between(*bounds).all()
-    return ratings if is_good else None
-
-
-def _read_csv(source: bytes | IO[bytes], form: _Form, dtypes: dict, **options) -> polars.DataFrame:
-    dtypes = [dtypes.get(name, polars.String) for name in form.columns]
-    schema = {str(place): dtype for place, dtype in enumerate(dtypes)}
-    options = {"quote_char": None, "has_header": False, **options}
-    table = polars.read_csv(source, schema=schema, separator=form.separator, **options)
-    places = _places_read(form.columns).items()
-    return table.select(polars.nth(place).alias(name) for name, place in places)
-
-
-def _places_read(columns: Sequence[str | None]) -> dict[str, int]:
-    """Where the columns are that are read, those of ratings first and in their order."""
-    places = {name: place for place, name in enumerate(columns) if name is not None}
-    return {name: places[name] for name in (*NAMES, *places) if name in places}
-
-
-def _is_canonical(file: IO[bytes], separator: str) -> bool:
-    """Whether no number has a zero, plus or blank about it that polars would take away."""
-    tail = b"\n"
-    blanks = [mark for mark in (b" ", b"\t", b"\v", b"\f") if mark != separator.encode()]
-    while chunk := file.read(1 << 17):  # bytes, that stay in the processor's cache
-        chunk = tail + chunk
-        rare = (b"-0", b"\r" + separator.encode())
-        if any(mark in chunk for mark in (b"+", *blanks)) or any(
-            mark[:1] in chunk and mark in chunk for mark in rare
-        ):
-            return False
-        codes = numpy.frombuffer(chunk, "u1")
-        is_zero = (codes[:-2] == ord(separator)) | (codes[:-2] == ord("\n"))
-        is_zero &= codes[1:-1] == ord("0")
-        is_zero &= codes[2:] - ord("0") < 10  # unsigned: no byte is below 0
-        if is_zero.any():
-            return False
-        tail = chunk[-2:]
-    return True
+def _name_fields(
+    where: str, fields: list[str], kind: _Kind, columns: Mapping[str, str]
+) -> list[str | None]:
+    """What each field of a line without a header is."""
+    if columns:
+        raise ValueError(f"{where}: no header, so no column {next(iter(columns.values()))!r}")
+    if not _fits(fields, kind):
+        form = f"{', '.join(kind.needed)}[, {', '.join(kind.fields[len(kind.needed) :])}]"
+        raise ValueError(f"{where}: {len(fields)} fields, not {form}")
+    read = kind.needed + kind.others
+    return [name if name in read else None for name in kind.fields[: len(fields)]]
 
 
 def _read_blocks(
     label: str, file: IO[bytes], form: _Form, first: bytes
-) -> Iterator[tuple[bytes, int]]:
-    """The rest of a text in blocks of whole records, and how many lines are above each."""
+) -> Iterator[tuple[bytes, _Form, int]]:
+    """The rest of a text in blocks of whole records, and how many lines are above each.
+
+    With a separator of one byte, as polars needs it: for `::` one that is not in the block.
+    """
     n_above = first.count(b"\n") if form.is_header else 0
-    content = b"" if form.is_header else first
-    while content := content + _read_lines(label, file, form.separator != "::"):
-        yield content, n_above
-        n_above += content.count(b"\n")
-        content = b""
+    block = b"" if form.is_header else first
+    while block := block + _read_lines(label, file, BLOCK, is_quoted=form.separator != "::"):
+        yield *_one_byte(block, form), n_above
+        n_above += block.count(b"\n")
+        block = b""
 
 
-def _read_lines(label: str, file: IO[bytes], is_quoted: bool) -> bytes:
-    """The next block of whole lines, to where the quotes are even if that is soon."""
-    block = _read(label, file, BLOCK)
+def _read_lines(label: str, file: IO[bytes], size: int, *, is_quoted: bool = True) -> bytes:
+    """`size` bytes, and on to the end of a line, where the quotes are even if that is soon."""
+    block = _read(label, file, size)
     is_open, rest = is_quoted and block.count(b'"') % 2 == 1, b""
     while True:
         line = file.readline(LONGEST_LINE)
@@ -859,37 +844,53 @@ def _read_lines(label: str, file: IO[bytes], is_quoted: bool) -> bytes:
             return block + rest
 
 
-def _parse_blocks(
-    label: str, blocks: Iterator[tuple[bytes, int]], form: _Form, bounds: Range
-) -> list[polars.DataFrame]:
-    """The ratings of each block, as integers as long as that goes."""
-    frames, is_plain = [], True
-    for block, n_above in blocks:
-        if is_plain:
-            content, one_byte = _one_byte(block, form)
-            ratings = _read_numbers(content, one_byte, bounds)
-            is_plain = (
-                ratings is not None
-                and _is_shaped(content, one_byte, len(ratings))
-                and _is_canonical(io.BytesIO(content), one_byte.separator)
-            )
-        if not is_plain:
-            raw, lines = _read_strings(label, block, form, n_above)
-            ratings = _convert(f"{label}, line", raw, lines, bounds)
-        frames.append(ratings)
-    return frames
-
-
 def _one_byte(block: bytes, form: _Form) -> tuple[bytes, _Form]:
-    """With a separator of one byte, as polars needs it, that is not in the block."""
     if form.separator != "::":
         return block, form
-    free = next(code for code in b"\x1f\x1e\x1d\x1c\x01\x02\x03\x04\x05\x06" if code not in block)
+    free = next((code for code in b"\x1e\x1d\x1c\x01\x02" if code not in block), 0x1F)
     return block.replace(b"::", bytes([free])), form._replace(separator=chr(free))
 
 
-def _is_shaped(content: bytes, form: _Form, n_records: int) -> bool:
-    return content.count(form.separator.encode()) == n_records * (len(form.columns) - 1)
+def _read_csv(block: bytes, form: _Form, dtypes: dict, quote: str | None) -> polars.DataFrame:
+    schema = {
+        str(place): dtypes.get(name, polars.String) for place, name in enumerate(form.columns)
+    }
+    options = {"separator": form.separator, "quote_char": quote, "has_header": False}
+    return polars.read_csv(block, schema=schema, **options).select(_choose(form.columns))
+
+
+def _read_numbers(block: bytes, form: _Form, bounds: Range) -> polars.DataFrame | None:
+    """Ratings by integers; None for any others, or where something is wrong."""
+    try:
+        numbers = _read_csv(block, form, NUMBERS, None)
+        ratings = _convert("", numbers, range(len(numbers)), bounds)
+    except (polars.exceptions.PolarsError, ValueError):
+        return None
+    is_whole = _is_shaped(block, form, len(ratings)) and _is_canonical(block, form.separator)
+    return ratings if is_whole else None
+
+
+def _is_shaped(block: bytes, form: _Form, n_records: int) -> bool:
+    return block.count(form.separator.encode()) == n_records * (len(form.columns) - 1)
+
+
+def _is_canonical(block: bytes, separator: str) -> bool:
+    """Whether no number has a zero, plus or blank about it that polars would take away."""
+    blanks = {b"+", b" ", b"\t", b"\v", b"\f"} - {separator.encode()}
+    rare = (b"-0", b"\r" + separator.encode())  # two bytes are sought slowly
+    if any(mark in block for mark in blanks):
+        return False
+    if any(mark[:1] in block and mark in block for mark in rare):
+        return False
+    codes = numpy.frombuffer(b"\n" + block, "u1")
+    for start in range(0, len(codes), CHUNK):
+        part = codes[start : start + CHUNK + 2]
+        is_zero = (part[:-2] == ord(separator)) | (part[:-2] == ord("\n"))
+        is_zero &= part[1:-1] == ord("0")
+        is_zero &= part[2:] - ord("0") < 10  # unsigned: no byte is below 0
+        if is_zero.any():
+            return False
+    return True
 
 
 def _read_strings(
@@ -904,134 +905,58 @@ def _read_strings(
     except UnicodeDecodeError as error:
         line = n_above + 1 + block.count(b"\n", 0, error.start)
         raise ValueError(f"{label}, line {line}: it is not UTF-8") from None
-    content, one_byte = _one_byte(block, form)
-    n_lines = content.count(b"\n") + (not content.endswith(b"\n"))
-    lines, why = range(n_above + 1, n_above + 1 + n_lines), "no table"
-    is_quoted = form.separator != "::" and b'"' in content
-    if is_quoted:
-        lines = _find_lines(label, content, one_byte, n_above, is_quoted)
+    n_lines = block.count(b"\n") + (not block.endswith(b"\n"))
+    lines, end = range(n_above + 1, n_above + 1 + n_lines), form.separator.encode()
+    quote = '"' if form.separator in SEPARATORS and b'"' in block else None
+    if quote:
+        _check_records(label, block, form, n_above, quote)
+        lines = n_above + 1 + _find_starts(block)
     else:  # polars takes a carriage return from the end of every field
-        end = one_byte.separator.encode()
-        content = content.replace(b"\r" + end, b"\r\r" + end)
-    try:
-        raw = _read_csv(content, one_byte, {}, quote_char='"' if is_quoted else None)
-        if len(raw) == len(lines) and (is_quoted or _is_shaped(content, one_byte, len(raw))):
+        block = block.replace(b"\r" + end, b"\r\r" + end)
+    with suppress(polars.exceptions.PolarsError):
+        raw = _read_csv(block, form, {}, quote)
+        if len(raw) == len(lines) and (quote or _is_shaped(block, form, len(raw))):
             return raw, lines
-    except polars.exceptions.PolarsError as error:
-        why = _first_line(error)
-    _find_lines(label, content, one_byte, n_above, is_quoted)
-    raise ValueError(f"{label}, lines {n_above + 1} to {n_above + n_lines}: {why}")
+    _check_records(label, block, form, n_above, quote)
+    raise ValueError(f"{label}, lines {n_above + 1} to {n_above + n_lines}: no table")
 
 
-def _find_lines(
-    label: str, content: bytes, form: _Form, n_above: int, is_quoted: bool
-) -> numpy.ndarray:
-    """The line in which each record begins. ValueError names the line of a wrong record."""
-    codes = numpy.frombuffer(b"\n" + content.removesuffix(b"\n") + b"\n", "u1")
-    separator, newline, quote = map(ord, (form.separator, "\n", '"'))
-    is_quote = (codes == quote) & is_quoted
-    is_inside = numpy.logical_xor.accumulate(is_quote)
-    is_newline = codes == newline
-    ends = numpy.flatnonzero(is_newline & ~is_inside)
-    if is_inside[-1]:  # the last field has no end
-        ends = numpy.append(ends, len(codes) - 1)
-    starts, ends = ends[:-1] + 1, ends[1:]
-    lines = n_above + numpy.searchsorted(numpy.flatnonzero(is_newline), starts)
-    quotes = numpy.flatnonzero(is_quote)
-    before, after = codes[quotes - 1], codes[quotes + 1]
-    is_end = (after == ord("\r")) & (codes[(quotes + 2).clip(max=len(codes) - 1)] == newline)
-    outside = [separator, newline, quote]
-    is_opening = is_inside[quotes]
-    is_good = numpy.where(
-        is_opening, numpy.isin(before, outside), numpy.isin(after, outside) | is_end
-    )
-    is_good[len(is_good) - is_inside[-1] :] = False
-    wrong = [
-        (record, "a quote that neither begins nor ends a field, nor is doubled in one")
-        for record in numpy.searchsorted(ends, quotes[~is_good][:1])
-    ]
-    separators = numpy.flatnonzero((codes == separator) & ~is_inside)
-    n_fields = numpy.diff(numpy.searchsorted(separators, ends), prepend=0) + 1
-    wrong += [
-        (record, f"fields: {n_fields[record]}, not {len(form.columns)}")
-        for record in numpy.flatnonzero(n_fields != len(form.columns))[:1]
-    ]
-    if wrong:
-        record, why = min(wrong, key=lambda found: found[0])
-        raise ValueError(f"{label}, line {lines[record]}: {why}")
-    return lines
+def _find_starts(block: bytes) -> numpy.ndarray:
+    """In which lines, from 0, a record begins: not within quotes."""
+    codes = numpy.frombuffer(b"\n" + block.removesuffix(b"\n"), "u1")
+    is_inside = numpy.logical_xor.accumulate(codes == ord('"'))
+    return numpy.flatnonzero(~is_inside[codes == ord("\n")])
+
+
+def _check_records(label: str, block: bytes, form: _Form, n_above: int, quote: str | None) -> None:
+    """ValueError names the line of the first record that is none."""
+    separator = re.escape(form.separator.encode())
+    field = rb"[^%b\n%b]*+" % (separator, b'"' * bool(quote))
+    if quote:
+        field = rb'(?:"[^"]*+(?:""[^"]*+)*+"|%b)' % field
+    block = block.removesuffix(b"\n") + b"\n"
+    good = rb"(?:%b(?:%b%b){%d}\r?\n)*+" % (field, separator, field, len(form.columns) - 1)
+    end = re.match(good, block).end()
+    if end == len(block):
+        return
+    record = re.match(rb"%b(?:%b%b)*+\r?\n" % (field, separator, field), block[end:])
+    why = "a quote that neither begins nor ends a field, nor is doubled in one"
+    if record:
+        n_fields = len(re.findall(field + separator, record[0])) + 1
+        why = f"fields: {n_fields}, not {len(form.columns)}"
+    line = n_above + 1 + block.count(b"\n", 0, end)
+    raise ValueError(f"{label}, line {line}: {why}")
 
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _is_parquet(file: IO[bytes]) -> bool:
-    return file.peek(4)[:4] == b"PAR1"
-
-
-@contextmanager
-def _naming_parquet(label: str) -> Iterator[None]:
-    try:
-        yield
-    except (polars.exceptions.PolarsError, polars.exceptions.PanicException) as error:
-        raise ValueError(f"{label}: no good Parquet ({_first_line(error)})") from None
-
-
-def _scan_parquet(
-    label: str, file: IO[bytes], kind: _Kind, columns: Mapping[str, str]
-) -> polars.LazyFrame:
-    """The columns read of a Parquet file, of types that `_convert` takes."""
-    source = Path(file.name) if _is_on_disk(file) else io.BytesIO(_read_all(label, file))
-    with _naming_parquet(label):
-        scan = polars.scan_parquet(source, glob=False, hive_partitioning=False)
-        schema = scan.collect_schema()
-    names = _name_columns(label, list(schema), kind, columns)
-    for name, (column, dtype) in zip(names, schema.items(), strict=True):
-        is_good = dtype.is_integer() or (name in ("user", "item") and dtype in TEXT)
-        is_good |= name in ("rating", "timestamp") and dtype.is_float()
-        is_good |= name == "timestamp" and dtype in (polars.Date, polars.Datetime)
-        is_good |= name == "title" and dtype in TEXT
-        if name in kind.needed + kind.others and not is_good:
-            raise ValueError(f"{label}: the column {column!r} for {name} is of type {dtype}")
-    places = _places_read(names).items()
-    return scan.select(polars.nth(place).alias(name) for name, place in places)
-
-
-def _slice_parquet(
-    label: str, scan: polars.LazyFrame, size: int | None
-) -> Iterator[tuple[polars.DataFrame, range]]:
-    """The rows in slices of `size`, or at once, and their numbers from 1."""
-    start = 0
-    while True:
-        with _naming_parquet(label):
-            raw = scan.slice(start, size).collect()
-        if len(raw):
-            yield raw, range(start + 1, start + 1 + len(raw))
-        start += len(raw)
-        if size is None or len(raw) < size:
-            return
-
-
-def _read_raw(
-    label: str, file: IO[bytes], kind: _Kind, columns: Mapping[str, str], size: int | None
-) -> tuple[str, Iterator[tuple[polars.DataFrame, Sequence[int]]]]:
-    """What is counted, lines or rows; and the columns read as they are in the file, with numbers.
-
-    Block by block; of Parquet in slices of `size`, or at once.
-    """
-    if _is_parquet(file):
-        return "row", _slice_parquet(label, _scan_parquet(label, file, kind, columns), size)
-    form, first = _detect(label, file, kind, columns)
-    blocks = _read_blocks(label, file, form, first)
-    return "line", (_read_strings(label, content, form, n_above) for content, n_above in blocks)
-
-
 def _convert(
     where: str,
     raw: polars.DataFrame,
     lines: Sequence[int],
-    bounds: Range = (-math.inf, math.inf),
+    bounds: Range = ANY,
     *,
     is_text: bool = False,
 ) -> polars.DataFrame:
@@ -1112,20 +1037,10 @@ def _from_decimals(column: polars.Series) -> polars.Series:
 
 def _from_iso(column: polars.Series) -> polars.Series:
     parts = column.str.extract_groups(ISO_8601).struct.unnest()
-    moment = polars.format(
-        "{} {}:{}",
-        "day",
-        polars.col("minute").fill_null("00:00"),
-        polars.col("second").fill_null("00"),
-    )
-    seconds = moment.str.to_datetime("%Y-%m-%d %H:%M:%S", time_unit="us", strict=False).dt.epoch(
-        "s"
-    )
-    hours, minutes = (
-        polars.col(name).cast(polars.Int64).fill_null(0) for name in ("hours", "minutes")
-    )
-    sign = polars.when(polars.col("sign") == "-").then(-1).otherwise(1)
-    return parts.select(seconds - sign * (hours * 3600 + minutes * 60)).to_series()
+    absent = {"minute": "00:00", "second": ":00", "zone": "Z"}
+    optional = (polars.col(name).fill_null(text) for name, text in absent.items())
+    text = parts.select(polars.format("{}T{}{}{}", "day", *optional)).to_series()
+    return text.str.to_datetime("%FT%T%#z", time_unit="us", strict=False).dt.epoch("s")
 
 
 def same_ids(*frames: polars.DataFrame | None) -> tuple[polars.DataFrame | None, ...]:
@@ -1191,35 +1106,6 @@ def write_ratings(ratings: polars.DataFrame, path: Path) -> None:
     write_file(path, ratings.write_csv(separator="\t", include_header=False).encode())
 
 
-def _read_known(path: Path, names: Sequence[str]) -> tuple[str, str, bytes] | None:
-    """Label, name and content of the first of `names` in a folder or a zip, None without it.
-
-    A file that is called one of `names` is read as well.
-    """
-    name = _find(path, names)
-    if name is None and path.name not in names:
-        return None
-    with _open(path, name) as (label, file):
-        return label, PurePosixPath(name or path).name, _read_all(label, file)
-
-
-def _is_own(path: Path, names: Sequence[str], column: str | None) -> bool:
-    """Whether a path is of a table that is not one of MovieLens."""
-    if path.is_dir() or _is_zip(path):
-        return False
-    return column is not None or path.name not in names
-
-
-def _read_table(label: str, content: bytes, schema: dict, **options) -> polars.DataFrame:
-    try:
-        return polars.read_csv(content, schema=schema, **options)
-    except polars.exceptions.NoDataError:
-        return polars.DataFrame(schema=schema)
-    except polars.exceptions.PolarsError as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(f"{label}: not a table of {', '.join(schema)}: {why}") from None
-
-
 def read_users(path: Path, *, column: str | None = None) -> polars.DataFrame | None:
     """What is known of users: of MovieLens's, or of any from a table of one's own.
 
@@ -1230,18 +1116,8 @@ def read_users(path: Path, *, column: str | None = None) -> polars.DataFrame | N
     """
     if _is_own(path, USERS_FILES, column):
         return _read_own(path, USERS, column)
-    found = _read_known(path, USERS_FILES)
-    if found is None:
-        return None
-    label, name, content = found
-    columns = ["user", "age", "gender", "occupation", "zip_code"]
-    order = columns
-    if name == "users.dat":
-        order = ["user", "gender", "age", "occupation", "zip_code"]
-        content = content.replace(b"::", b"|")
-    schema = {c: polars.Int64 if c in ("user", "age") else polars.String for c in order}
-    users = _read_table(label, content, schema, separator="|", has_header=False, quote_char=None)
-    return users.select(columns)
+    users = _read_movielens(path, USERS_FILES)
+    return None if users is None else users.select(USERS_FILES["u.user"].columns)
 
 
 def read_items(path: Path, *, column: str | None = None) -> polars.DataFrame | None:
@@ -1256,33 +1132,55 @@ def read_items(path: Path, *, column: str | None = None) -> polars.DataFrame | N
     """
     if _is_own(path, ITEMS_FILES, column):
         return _read_own(path, ITEMS, column)
-    found = _read_known(path, ITEMS_FILES)
-    if found is None:
+    films = _read_movielens(path, ITEMS_FILES)
+    if films is None:
         return None
-    label, name, content = found
-    options = {"separator": "\t", "quote_char": None, "has_header": False}
-    options["skip_rows"] = int(name != "movies.dat")  # its header
-    if name == "movies.csv":
-        options |= {"separator": ",", "quote_char": '"'}
-    elif name == "movies.dat":
-        content = _to_utf8(content).replace(b"::", b"\t")
-    elif name == "u.item":
-        try:
-            content = _items_tsv(_from_u_item(content))
-        except ValueError as error:
-            raise ValueError(f"{label}: not item|title|date|video|URL|flags: {error}") from None
-    columns = ["item", "title", "genres"]
-    if name in ("items.tsv", "u.item"):
-        columns.insert(2, "year")
-    schema = dict.fromkeys(columns, polars.String) | {"item": polars.Int64}
     title = polars.col("title").str.strip_chars()
     genres = polars.col("genres").fill_null("").str.replace("(no genres listed)", "", literal=True)
-    return _read_table(label, content, schema, **options).select(
+    return films.select(
         "item",
         title,
         title.str.extract(r".*\((\d{4})\)").cast(polars.Int64).alias("year"),
         genres.str.extract_all(r"[^|]+"),
     )
+
+
+def _is_own(path: Path, names: Iterable[str], column: str | None) -> bool:
+    """Whether a path is of a table that is not one of MovieLens."""
+    if path.is_dir() or _is_zip(path):
+        return False
+    return column is not None or path.name not in names
+
+
+def _read_movielens(path: Path, forms: Mapping[str, _Form]) -> polars.DataFrame | None:
+    """The first of `forms` in a folder or a zip, None if there is none, or a file so called."""
+    name = _find(path, forms)
+    if name is None and path.name not in forms:
+        return None
+    with _open(path, name) as (label, file):
+        content = _read_all(label, file)
+    name = PurePosixPath(name or path).name
+    dtypes = dict.fromkeys(("user", "item", "age"), polars.Int64)
+    try:
+        if name == "u.item":
+            content = _items_tsv(_from_u_item(content))
+        elif name == "movies.dat":
+            content = _to_utf8(content)
+        content, form = _one_byte(content, forms[name])
+        return polars.read_csv(
+            content,
+            schema={name: dtypes.get(name, polars.String) for name in form.columns},
+            separator=form.separator,
+            quote_char='"' if form.separator == "," else None,
+            has_header=False,
+            skip_rows=int(form.is_header),
+            raise_if_empty=False,
+        )
+    except polars.exceptions.PolarsError as error:
+        columns = ", ".join(forms[name].columns)
+        raise ValueError(f"{label}: not a table of {columns}: {_first_line(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"{label}: not item|title|date|video|URL|flags: {error}") from None
 
 
 def _read_own(path: Path, kind: _Kind, column: str | None) -> polars.DataFrame:
@@ -1296,26 +1194,23 @@ def _read_own(path: Path, kind: _Kind, column: str | None) -> polars.DataFrame:
     """
     key = kind.needed[0]
     columns = {} if column is None else {key: column}
-    with _open(path, None) as (label, file):
-        unit, raws = _read_raw(label, file, kind, columns, None)
-        frames = []
-        for raw, lines in raws:
-            _convert(f"{label}, {unit}", raw.select(key), lines)  # for what is missing
-            frames.append(raw)
-    if not frames:
-        raise ValueError(f"{label}: no {kind.noun}")
+    frames = []
+    for where, raw, numbers in _read_raw(path, None, kind, columns):
+        _convert(where, raw.select(key), numbers)  # for what is missing
+        frames.append(raw)
     raw = polars.concat(frames)
     ids = _to_ids(raw[key])
     if (is_twice := ids.is_duplicated()).any():
-        raise ValueError(f"{label}: the {key} {ids.filter(is_twice)[0]!r} is there twice")
-    told = {name: _to_side(label, raw[name], unit) for name in raw.columns if name != key}
+        raise ValueError(f"{path}: the {key} {ids.filter(is_twice)[0]!r} is there twice")
+    is_typed = where == f"{path}, row"
+    told = {name: _to_side(path, raw[name], is_typed) for name in raw.columns if name != key}
     if "title" in set(kind.others) & set(told):
         told["title"] = raw["title"].cast(polars.String)
     return polars.DataFrame({key: ids, **told})
 
 
-def _to_side(label: str, column: polars.Series, unit: str) -> polars.Series:
-    """Numbers, texts or lists of texts, of Parquet or of lines, in which all are strings."""
+def _to_side(path: Path, column: polars.Series, is_typed: bool) -> polars.Series:
+    """Numbers, texts or lists of texts, by the type in Parquet, or by what the strings say."""
     dtype = column.dtype
     if dtype.is_float():
         return column.fill_nan(None)
@@ -1328,11 +1223,11 @@ def _to_side(label: str, column: polars.Series, unit: str) -> polars.Series:
     if dtype == polars.List and dtype.inner in TEXT:
         return column.cast(polars.List(polars.String))
     if dtype not in (*TEXT, polars.Boolean, polars.Null):
-        raise ValueError(f"{label}: the column {column.name!r} is of type {dtype}")
+        raise ValueError(f"{path}: the column {column.name!r} is of type {dtype}")
     text = column.cast(polars.String)
     text = text.set(text == "", None)
     numbers = text.str.strip_chars().cast(polars.Float64, strict=False)
-    if unit == "line" and numbers.null_count() == text.null_count():
+    if not is_typed and numbers.null_count() == text.null_count():
         whole = text.str.strip_chars().cast(polars.Int64, strict=False)
         return whole if whole.null_count() == text.null_count() else numbers.fill_nan(None)
     if text.str.contains(r"[^|]\|[^|]").any():
