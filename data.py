@@ -435,7 +435,6 @@ RATINGS_FILES = ("ratings.csv", "ratings.dat", "u.data")
 LARGEST_MEMBER = 4 << 30  # bytes of a file in a zip or a gzip; ml-32m's ratings have 0.9e9
 LONGEST_LINE = 1 << 16  # bytes
 BLOCK = 4 << 20  # bytes parsed at a time
-CHUNK = 1 << 17  # bytes, that stay in the processor's cache
 SLICE = 1 << 18  # ratings handled at a time, so that no column is copied whole
 SEPARATORS = ("\t", "::", ",", ";", "|")
 # The columns of ratings, and how their names begin, in any case, where a header is read.
@@ -528,7 +527,10 @@ def _read_records(
 ) -> polars.DataFrame:
     low, high = map(float, map(numpy.float32, bounds))  # rounded as a rating is
     raws = _read_raw(path, name, kind, columns, bounds=(low, high))
-    frames = [_convert(where, raw, numbers, (low, high)) for where, raw, numbers in raws]
+    frames = [
+        raw if numbers is None else _convert(where, raw, numbers, (low, high))
+        for where, raw, numbers in raws
+    ]
     return polars.concat(same_ids(*frames), rechunk=False)
 
 
@@ -607,6 +609,10 @@ def _read_all(label: str, file: IO[bytes]) -> bytes:
     return b"".join(iter(lambda: _read(label, file, BLOCK), b""))
 
 
+def _is_on_disk(file: IO[bytes]) -> bool:
+    return isinstance(file, io.BufferedReader) and Path(file.name).is_file()
+
+
 def _read_raw(
     path: Path,
     name: str | None,
@@ -615,12 +621,12 @@ def _read_raw(
     *,
     size: int | None = None,
     bounds: Range | None = None,
-) -> Iterator[tuple[str, polars.DataFrame, Sequence[int]]]:
+) -> Iterator[tuple[str, polars.DataFrame, Sequence[int] | None]]:
     """The columns of a file as they are in it, block by block, with the number of each row.
 
     What is numbered, rows of Parquet or lines of text, comes first. A block of Parquet has `size`
-    rows, or all; from text come strings, or, as long as all are integers and ratings in `bounds`,
-    what `_convert` makes of them.
+    rows, or all. From text come strings, or, as long as all are integers and ratings in `bounds`,
+    what `_convert` makes of them, without numbers.
     """
     is_empty = True
     with _open(path, name) as (label, file):
@@ -653,8 +659,7 @@ def _scan_parquet(
     label: str, file: IO[bytes], kind: _Kind, columns: Mapping[str, str]
 ) -> polars.LazyFrame:
     """The columns read of a Parquet file, of types that `_convert` takes."""
-    is_on_disk = isinstance(file, io.BufferedReader) and Path(file.name).is_file()
-    source = Path(file.name) if is_on_disk else io.BytesIO(_read_all(label, file))
+    source = Path(file.name) if _is_on_disk(file) else io.BytesIO(_read_all(label, file))
     scan = polars.scan_parquet(source, glob=False, hive_partitioning=False)
     schema = scan.collect_schema()
     names = _name_columns(label, list(schema), kind, columns)
@@ -674,15 +679,24 @@ def _choose(names: Sequence[str | None]) -> list[polars.Expr]:
 
 def _read_text(
     label: str, file: IO[bytes], kind: _Kind, columns: Mapping[str, str], bounds: Range | None
-) -> Iterator[tuple[polars.DataFrame, Sequence[int]]]:
-    form, first = _detect(label, file, kind, columns)
-    for block, one_byte, n_above in _read_blocks(label, file, form, first):
-        ratings = _read_numbers(block, one_byte, bounds) if bounds else None
+) -> Iterator[tuple[polars.DataFrame, Sequence[int] | None]]:
+    form, block = _detect(label, file, kind, columns)
+    if bounds and (ratings := _read_whole(file, form, block, bounds)) is not None:
+        yield ratings, None
+        return
+    n_above = 0
+    if form.is_header:
+        n_above, block = block.count(b"\n"), b""
+    while block := block + _read_lines(label, file, BLOCK, is_quoted=form.separator != "::"):
+        content, one_byte = _one_byte(block, form)
+        ratings = _read_numbers(io.BytesIO(content), one_byte, bounds) if bounds else None
         if ratings is None:
             bounds = None  # the rest will hardly be numbers
-            yield _read_strings(label, block, one_byte, n_above)
+            yield _read_strings(label, content, one_byte, n_above)
         else:
-            yield ratings, range(n_above + 1, n_above + 1 + len(ratings))
+            yield ratings, None
+        n_above += block.count(b"\n") if ratings is None else len(ratings)
+        block = b""
 
 
 def _detect(
@@ -815,81 +829,95 @@ def _name_fields(
     return [name if name in read else None for name in kind.fields[: len(fields)]]
 
 
-def _read_blocks(
-    label: str, file: IO[bytes], form: _Form, first: bytes
-) -> Iterator[tuple[bytes, _Form, int]]:
-    """The rest of a text in blocks of whole records, and how many lines are above each.
-
-    With a separator of one byte, as polars needs it: for `::` one that is not in the block.
-    """
-    n_above = first.count(b"\n") if form.is_header else 0
-    block = b"" if form.is_header else first
-    while block := block + _read_lines(label, file, BLOCK, is_quoted=form.separator != "::"):
-        yield *_one_byte(block, form), n_above
-        n_above += block.count(b"\n")
-        block = b""
-
-
 def _read_lines(label: str, file: IO[bytes], size: int, *, is_quoted: bool = True) -> bytes:
     """`size` bytes, and on to the end of a line, where the quotes are even if that is soon."""
     block = _read(label, file, size)
-    is_open, rest = is_quoted and block.count(b'"') % 2 == 1, b""
+    is_open, rest = is_quoted and _is_open(block), b""
     while True:
         line = file.readline(LONGEST_LINE)
         if len(line) == LONGEST_LINE:
             raise ValueError(f"{label}: a line of {LONGEST_LINE:,} bytes or more")
         rest += line
-        is_open ^= is_quoted and line.count(b'"') % 2 == 1
+        is_open ^= is_quoted and _is_open(line)
         if not is_open or not line or len(rest) > LONGEST_LINE:
             return block + rest
 
 
+def _is_open(text: bytes) -> bool:
+    return b'"' in text and text.count(b'"') % 2 == 1
+
+
 def _one_byte(block: bytes, form: _Form) -> tuple[bytes, _Form]:
+    """With a separator of one byte, as polars needs it, that is not in the block."""
     if form.separator != "::":
         return block, form
     free = next((code for code in b"\x1e\x1d\x1c\x01\x02" if code not in block), 0x1F)
     return block.replace(b"::", bytes([free])), form._replace(separator=chr(free))
 
 
-def _read_csv(block: bytes, form: _Form, dtypes: dict, quote: str | None) -> polars.DataFrame:
-    schema = {
-        str(place): dtypes.get(name, polars.String) for place, name in enumerate(form.columns)
-    }
-    options = {"separator": form.separator, "quote_char": quote, "has_header": False}
-    return polars.read_csv(block, schema=schema, **options).select(_choose(form.columns))
+def _read_csv(
+    source: bytes | IO[bytes],
+    form: _Form,
+    dtypes: dict,
+    quote: str | None = None,
+    n_skipped: int = 0,
+) -> polars.DataFrame:
+    return polars.read_csv(
+        source,
+        schema={str(i): dtypes.get(name, polars.String) for i, name in enumerate(form.columns)},
+        separator=form.separator,
+        quote_char=quote,
+        has_header=False,
+        skip_rows=n_skipped,
+    )
 
 
-def _read_numbers(block: bytes, form: _Form, bounds: Range) -> polars.DataFrame | None:
-    """Ratings by integers; None for any others, or where something is wrong."""
+def _read_whole(
+    file: IO[bytes], form: _Form, first: bytes, bounds: Range
+) -> polars.DataFrame | None:
+    """The ratings of a file on disk, by all cores; None where it takes blocks to tell."""
+    is_simple = form.separator != "::" and None not in form.columns and first.count(b"\n") < 2
+    if not is_simple or not _is_on_disk(file):
+        return None
+    # Opened again, for polars moves the position; by path, it would take a * as a pattern.
+    with open(file.name, "rb") as whole:
+        return _read_numbers(whole, form, bounds, int(form.is_header))
+
+
+def _read_numbers(
+    source: IO[bytes], form: _Form, bounds: Range, n_skipped: int = 0
+) -> polars.DataFrame | None:
+    """Ratings by integers; None for any others, or where something is wrong or missing."""
     try:
-        numbers = _read_csv(block, form, NUMBERS, None)
+        numbers = _read_csv(source, form, NUMBERS, n_skipped=n_skipped)
+        if not len(numbers) or sum(numbers.null_count().row(0)):  # as of a field too few
+            return None
+        numbers = numbers.select(_choose(form.columns))
         ratings = _convert("", numbers, range(len(numbers)), bounds)
     except (polars.exceptions.PolarsError, ValueError):
         return None
-    is_whole = _is_shaped(block, form, len(ratings)) and _is_canonical(block, form.separator)
-    return ratings if is_whole else None
+    source.seek(0)
+    return ratings if _is_canonical(source, form.separator) else None
 
 
-def _is_shaped(block: bytes, form: _Form, n_records: int) -> bool:
-    return block.count(form.separator.encode()) == n_records * (len(form.columns) - 1)
-
-
-def _is_canonical(block: bytes, separator: str) -> bool:
+def _is_canonical(file: IO[bytes], separator: str) -> bool:
     """Whether no number has a zero, plus or blank about it that polars would take away."""
     blanks = {b"+", b" ", b"\t", b"\v", b"\f"} - {separator.encode()}
     rare = (b"-0", b"\r" + separator.encode())  # two bytes are sought slowly
-    if any(mark in block for mark in blanks):
-        return False
-    if any(mark[:1] in block and mark in block for mark in rare):
-        return False
-    codes = numpy.frombuffer(b"\n" + block, "u1")
-    for start in range(0, len(codes), CHUNK):
-        part = codes[start : start + CHUNK + 2]
-        is_zero = (part[:-2] == ord(separator)) | (part[:-2] == ord("\n"))
-        is_zero &= part[1:-1] == ord("0")
-        is_zero &= part[2:] - ord("0") < 10  # unsigned: no byte is below 0
+    tail = b"\n"
+    while chunk := file.read(1 << 17):  # bytes, that stay in the processor's cache
+        chunk = tail + chunk
+        if any(mark in chunk for mark in blanks):
+            return False
+        if any(mark[:1] in chunk and mark in chunk for mark in rare):
+            return False
+        codes = numpy.frombuffer(chunk, "u1")
+        is_zero = (codes[:-2] == ord(separator)) | (codes[:-2] == ord("\n"))
+        is_zero &= codes[1:-1] == ord("0")
+        is_zero &= codes[2:] - ord("0") < 10  # unsigned: no byte is below 0
         if is_zero.any():
             return False
+        tail = chunk[-2:]
     return True
 
 
@@ -914,8 +942,9 @@ def _read_strings(
     else:  # polars takes a carriage return from the end of every field
         block = block.replace(b"\r" + end, b"\r\r" + end)
     with suppress(polars.exceptions.PolarsError):
-        raw = _read_csv(block, form, {}, quote)
-        if len(raw) == len(lines) and (quote or _is_shaped(block, form, len(raw))):
+        raw = _read_csv(block, form, {}, quote).select(_choose(form.columns))
+        n_separators = len(raw) * (len(form.columns) - 1)
+        if len(raw) == len(lines) and (quote or block.count(end) == n_separators):
             return raw, lines
     _check_records(label, block, form, n_above, quote)
     raise ValueError(f"{label}, lines {n_above + 1} to {n_above + n_lines}: no table")
@@ -977,10 +1006,10 @@ def _convert(
             is_good = columns[name].is_not_null()
         else:
             columns[name] = column.cast(polars.String) if is_text else _to_ids(column)
-            is_good = (
-                column.cast(polars.String) != "" if column.dtype in TEXT else ~column.is_null()
-            )
-        wrong += [(row, name) for row in (~is_good.fill_null(False)).arg_true().head(1)]
+            is_text_id = column.dtype in TEXT
+            is_good = column.cast(polars.String) != "" if is_text_id else column.is_not_null()
+        if not is_good.all(ignore_nulls=False):
+            wrong.append((is_good.fill_null(False).arg_min(), name))
     if not wrong:
         return polars.DataFrame(columns)
     row, name = min(wrong, key=lambda found: found[0])
