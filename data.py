@@ -427,6 +427,7 @@ class _Kind(NamedTuple):
     needed: tuple[str, ...]  # columns
     others: tuple[str, ...]  # columns read if they are there
     fields: tuple[str, ...]  # of a line without a header, the last ones at will; () for a table
+    told: Mapping[str, str] = {}  # which names in a header are of which columns
 
 
 RATINGS = _Kind("ratings", ("user", "item", "rating"), ("timestamp",), tuple(NAMES))
@@ -480,19 +481,17 @@ def read_ratings(
     name = _find(path, RATINGS_FILES)
     if name is None and (path.is_dir() or _is_zip(path)):
         raise ValueError(f"{path}: no {', '.join(RATINGS_FILES)} in it")
-    return _read_records(path, name, RATINGS, columns, rating_range or ANY)
+    return _read_records(path, name, RATINGS._replace(told=columns or {}), rating_range or ANY)
 
 
 def read_rated(path: Path, *, columns: Mapping[str, str] | None = None) -> polars.DataFrame:
     """The ratings of one user, as `read_ratings` of a file without the column user."""
-    return _read_records(path, None, RATED, columns, ANY)
+    return _read_records(path, None, RATED._replace(told=columns or {}), ANY)
 
 
-def _read_records(
-    path: Path, name: str | None, kind: _Kind, columns: Mapping[str, str] | None, bounds: Range
-) -> polars.DataFrame:
+def _read_records(path: Path, name: str | None, kind: _Kind, bounds: Range) -> polars.DataFrame:
     low, high = map(float, map(numpy.float32, bounds))  # rounded as a rating is
-    raws = _read_raw(path, name, kind, columns, bounds=(low, high))
+    raws = _read_raw(path, name, kind, bounds=(low, high))
     frames = [
         raw if numbers is None else _convert(where, raw, numbers, (low, high))
         for where, raw, numbers in raws
@@ -511,7 +510,8 @@ def read_pairs(
     Columns user and item String, exactly as in the file; timestamp Int64, if the file has it; line
     Int64, from 1: that in which the pair begins, or the row of Parquet. Errors as `read_ratings`.
     """
-    for where, raw, numbers in _read_raw(path, None, PAIRS, columns, size=block):
+    kind = PAIRS._replace(told=columns or {})
+    for where, raw, numbers in _read_raw(path, None, kind, size=block):
         pairs = _convert(where, raw, numbers, is_text=True)
         pairs = pairs.with_columns(polars.Series("line", numbers, polars.Int64))
         yield from pairs.iter_slices(block)
@@ -583,7 +583,6 @@ def _read_raw(
     path: Path,
     name: str | None,
     kind: _Kind,
-    columns: Mapping[str, str] | None,
     *,
     size: int | None = None,
     bounds: Range | None = None,
@@ -598,9 +597,9 @@ def _read_raw(
     with _open(path, name) as (label, file):
         is_parquet = file.peek(4)[:4] == b"PAR1"
         if is_parquet:
-            blocks = _read_parquet(label, file, kind, columns or {}, size)
+            blocks = _read_parquet(label, file, kind, size)
         else:
-            blocks = _read_text(label, file, kind, columns or {}, bounds)
+            blocks = _read_text(label, file, kind, bounds)
         for raw, numbers in blocks:
             is_empty = False
             yield f"{label}, {'row' if is_parquet else 'line'}", raw, numbers
@@ -609,10 +608,10 @@ def _read_raw(
 
 
 def _read_parquet(
-    label: str, file: IO[bytes], kind: _Kind, columns: Mapping[str, str], size: int | None
+    label: str, file: IO[bytes], kind: _Kind, size: int | None
 ) -> Iterator[tuple[polars.DataFrame, range]]:
     try:
-        scan = _scan_parquet(label, file, kind, columns)
+        scan = _scan_parquet(label, file, kind)
         n_rows = scan.select(polars.len()).collect().item()
         for start in range(0, n_rows, size or n_rows or 1):
             raw = scan.slice(start, size).collect()
@@ -621,14 +620,12 @@ def _read_parquet(
         raise ValueError(f"{label}: no good Parquet ({_first_line(error)})") from None
 
 
-def _scan_parquet(
-    label: str, file: IO[bytes], kind: _Kind, columns: Mapping[str, str]
-) -> polars.LazyFrame:
+def _scan_parquet(label: str, file: IO[bytes], kind: _Kind) -> polars.LazyFrame:
     """The columns read of a Parquet file, of types that `_convert` takes."""
     source = Path(file.name) if _is_on_disk(file) else io.BytesIO(_read_all(label, file))
     scan = polars.scan_parquet(source, glob=False, hive_partitioning=False)
     schema = scan.collect_schema()
-    names = _name_columns(label, list(schema), kind, columns)
+    names = _name_columns(label, list(schema), kind)
     for name, (column, dtype) in zip(names, schema.items(), strict=True):
         is_good = dtype.is_integer() or (name in ("user", "item", "title") and dtype in TEXT)
         is_good |= name in ("rating", "timestamp") and dtype.is_float()
@@ -644,15 +641,14 @@ def _choose(names: Sequence[str | None]) -> list[polars.Expr]:
 
 
 def _read_text(
-    label: str, file: IO[bytes], kind: _Kind, columns: Mapping[str, str], bounds: Range | None
+    label: str, file: IO[bytes], kind: _Kind, bounds: Range | None
 ) -> Iterator[tuple[polars.DataFrame, Sequence[int] | None]]:
-    form, block = _detect(label, file, kind, columns)
+    form, block = _detect(label, file, kind)
     if bounds and (ratings := _read_whole(file, form, block, bounds)) is not None:
         yield ratings, None
         return
-    n_above = 0
-    if form.is_header:
-        n_above, block = block.count(b"\n"), b""
+    n_above = block.count(b"\n") if form.is_header else 0
+    block = b"" if form.is_header else block
     while block := block + _read_lines(label, file, BLOCK, is_quoted=form.separator != "::"):
         content, one_byte = _one_byte(block, form)
         ratings = _read_numbers(io.BytesIO(content), one_byte, bounds) if bounds else None
@@ -665,9 +661,7 @@ def _read_text(
         block = b""
 
 
-def _detect(
-    label: str, file: IO[bytes], kind: _Kind, columns: Mapping[str, str]
-) -> tuple[_Form, bytes]:
+def _detect(label: str, file: IO[bytes], kind: _Kind) -> tuple[_Form, bytes]:
     """The form of a text by its first record, and that record: a line, or more if it has quotes."""
     first = _read_lines(label, file, 0).removeprefix(b"\xef\xbb\xbf")
     if not first.strip():
@@ -683,11 +677,11 @@ def _detect(
         *before, last = kind.needed if kind.fields else (*kind.needed, "the others")
         between = f"between {', '.join(before)} and {last}"
         raise ValueError(f"{where}: no tab, comma, ';', '|' or '::' {between}")
-    separator = max(records, key=lambda s: _count_known(records[s], kind, columns))
+    separator = max(records, key=lambda s: _count_known(records[s], kind))
     fields = records[separator]
-    is_header = _is_header(fields, kind, columns)
+    is_header = _is_header(fields, kind)
     name = _name_columns if is_header else _name_fields
-    return _Form(separator, name(where, fields, kind, columns), is_header), first
+    return _Form(separator, name(where, fields, kind), is_header), first
 
 
 def _split_record(text: str, separator: str) -> list[str]:
@@ -699,10 +693,10 @@ def _split_record(text: str, separator: str) -> list[str]:
         return text.split(separator)
 
 
-def _count_known(fields: list[str], kind: _Kind, columns: Mapping[str, str]) -> int:
+def _count_known(fields: list[str], kind: _Kind) -> int:
     """How much of what is read a first line has, if these are its fields."""
-    if _is_header(fields, kind, columns):
-        return len(_find_places(fields, kind, columns))
+    if _is_header(fields, kind):
+        return len(_find_places(fields, kind))
     rating = dict(zip(kind.fields, fields, strict=False)).get("rating", "0")
     return len(fields) if _fits(fields, kind) and _is_number(rating) else 0
 
@@ -711,13 +705,13 @@ def _fits(fields: list[str], kind: _Kind) -> bool:
     return len(kind.needed) <= len(fields) <= len(kind.fields)
 
 
-def _is_header(fields: list[str], kind: _Kind, columns: Mapping[str, str]) -> bool:
-    if not kind.fields or (columns and set(columns.values()) <= set(fields)):
+def _is_header(fields: list[str], kind: _Kind) -> bool:
+    if not kind.fields or (kind.told and set(kind.told.values()) <= set(fields)):
         return True
     if any(map(_is_number, fields)):
         return False
     # Pairs may be words alone, as a header is.
-    return kind is not PAIRS or bool(columns or _find_places(fields, kind, columns))
+    return "rating" in kind.needed or bool(kind.told or _find_places(fields, kind))
 
 
 def _is_number(text: str) -> bool:
@@ -728,14 +722,14 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _find_places(fields: list[str], kind: _Kind, columns: Mapping[str, str]) -> dict[str, int]:
-    """Which field of a header names which column; the columns told by `columns` choose first."""
+def _find_places(fields: list[str], kind: _Kind) -> dict[str, int]:
+    """Which field of a header names which column; those that are told choose first."""
     known = NAMES if kind.fields else kind.needed + kind.others
     places = {}
-    for name in sorted(known, key=lambda name: name not in columns):
+    for name in sorted(known, key=lambda name: name not in kind.told):
         found = (
             place
-            for pattern in _patterns(name, kind, columns.get(name))
+            for pattern in _patterns(name, kind)
             for place, field in enumerate(fields)
             if place not in places.values() and re.fullmatch(f"(?is:{pattern})", field.strip())
         )
@@ -744,10 +738,10 @@ def _find_places(fields: list[str], kind: _Kind, columns: Mapping[str, str]) -> 
     return places
 
 
-def _patterns(name: str, kind: _Kind, told: str | None) -> list[str]:
+def _patterns(name: str, kind: _Kind) -> list[str]:
     """Regular expressions of what names a column in a header, the best first."""
-    if told is not None:
-        told = re.escape(told.strip())
+    if name in kind.told:
+        told = re.escape(kind.told[name].strip())
         return [f"(?-i:{told})", told]
     if name == "title":
         return ["title", "name"]
@@ -758,14 +752,12 @@ def _patterns(name: str, kind: _Kind, told: str | None) -> list[str]:
     return [best, f"{begins}.*"] + ["id"] * (not kind.fields)
 
 
-def _name_columns(
-    where: str, fields: list[str], kind: _Kind, columns: Mapping[str, str]
-) -> list[str | None]:
+def _name_columns(where: str, fields: list[str], kind: _Kind) -> list[str | None]:
     """What each field of a header is. A table's other columns keep their names."""
-    places = _find_places(fields, kind, columns)
+    places = _find_places(fields, kind)
     has = ", ".join(field if field.isprintable() else ascii(field) for field in fields)
     has = has if len(has) < 500 else has[:500] + "..."
-    for name, told in columns.items():
+    for name, told in kind.told.items():
         if name not in NAMES:
             raise ValueError(f"columns: no column {name!r}: it is {', '.join(NAMES)}")
         if name not in places:
@@ -782,12 +774,10 @@ def _name_columns(
     return [names.get(place) for place in range(len(fields))]
 
 
-def _name_fields(
-    where: str, fields: list[str], kind: _Kind, columns: Mapping[str, str]
-) -> list[str | None]:
+def _name_fields(where: str, fields: list[str], kind: _Kind) -> list[str | None]:
     """What each field of a line without a header is."""
-    if columns:
-        raise ValueError(f"{where}: no header, so no column {next(iter(columns.values()))!r}")
+    if kind.told:
+        raise ValueError(f"{where}: no header, so no column {next(iter(kind.told.values()))!r}")
     if not _fits(fields, kind):
         form = f"{', '.join(kind.needed)}[, {', '.join(kind.fields[len(kind.needed) :])}]"
         raise ValueError(f"{where}: {len(fields)} fields, not {form}")
@@ -1171,9 +1161,9 @@ def _read_own(path: Path, kind: _Kind, column: str | None) -> polars.DataFrame:
     line for an id that is missing or there twice, and as in `read_ratings`.
     """
     key = kind.needed[0]
-    columns = {} if column is None else {key: column}
+    kind = kind if column is None else kind._replace(told={key: column})
     frames = []
-    for where, raw, numbers in _read_raw(path, None, kind, columns):
+    for where, raw, numbers in _read_raw(path, None, kind):
         _convert(where, raw.select(key), numbers)  # for what is missing
         frames.append(raw)
     raw = polars.concat(frames)
@@ -1338,12 +1328,8 @@ def to_tensors(
         (user_ids, *users), (item_ids, *items) = pool.map(
             lambda name: _index(train[name], test[name]), ("user", "item")
         )
-    ratings = [
-        part["rating"].cast(polars.Float32).to_numpy(writable=True) for part in (train, test)
-    ]
-    part, test_part = (
-        Part(*map(torch.from_numpy, columns)) for columns in zip(users, items, ratings, strict=True)
-    )
+    ratings = (part["rating"].cast(polars.Float32).to_torch() for part in (train, test))
+    part, test_part = map(Part, users, items, ratings)
     if not allow_overlap and _is_any_shared(part, test_part, len(item_ids)):
         pairs, test_pairs = (frame.select("user", "item") for frame in (train, test))
         shared = test_pairs.join(pairs, ["user", "item"], "semi", maintain_order="left")
@@ -1355,7 +1341,7 @@ def to_tensors(
     return part, test_part, Ids(user_ids, item_ids)
 
 
-def _index(*columns: polars.Series) -> tuple[polars.Series, numpy.ndarray, numpy.ndarray]:
+def _index(*columns: polars.Series) -> tuple[polars.Series, Tensor, Tensor]:
     """The ids in the columns, sorted, and for each column their rows, int64.
 
     By a table from id to row where integers lie near each other: a look-up for a binary search.
@@ -1363,13 +1349,12 @@ def _index(*columns: polars.Series) -> tuple[polars.Series, numpy.ndarray, numpy
     if columns[0].dtype == polars.String:
         ids = polars.concat([column.unique() for column in columns]).unique().sort()
         rows = (column.cast(polars.Enum(ids)).to_physical() for column in columns)
-        return ids, *(row.cast(polars.Int64).to_numpy(writable=True) for row in rows)
+        return ids, *(row.cast(polars.Int64).to_torch() for row in rows)
     low = min(column.min() for column in columns)
     n_places = max(column.max() for column in columns) - low + 1
     if n_places > 2 * sum(map(len, columns)) + 2**20:
         ids = polars.concat(columns).unique().sort()
-        rows = (ids.search_sorted(column).cast(polars.Int64) for column in columns)
-        return ids, *(row.to_numpy(writable=True) for row in rows)
+        return ids, *(ids.search_sorted(column).cast(polars.Int64).to_torch() for column in columns)
     # In place, slice by slice: no column is copied twice.
     found = [column.to_numpy(writable=True) for column in columns]
     is_used = numpy.zeros(n_places, dtype=bool)
@@ -1380,7 +1365,7 @@ def _index(*columns: polars.Series) -> tuple[polars.Series, numpy.ndarray, numpy
     for rows in found:
         for start in range(0, len(rows), SLICE):
             rows[start : start + SLICE] = table[rows[start : start + SLICE]]
-    return polars.Series(numpy.flatnonzero(is_used) + low), *found
+    return polars.Series(numpy.flatnonzero(is_used) + low), *map(torch.from_numpy, found)
 
 
 def _is_any_shared(part: Part, test_part: Part, n_items: int) -> bool:
@@ -1416,7 +1401,7 @@ def find_seen(
         seen = torch.zeros(len(raw), dtype=torch.bool)
         if about is not None:
             told = describe(about, name)[name].unique().implode()
-            seen |= torch.from_numpy(raw.is_in(told).to_numpy(writable=True))
+            seen |= raw.is_in(told).to_torch()
         masks.append(seen.index_fill_(0, rows, True))
     return tuple(masks)
 
@@ -1495,9 +1480,8 @@ def _entries(rows, columns, values, *, offset=0) -> polars.DataFrame:
 
 def _sparse(entries: polars.DataFrame, row: str, column: str, n_rows: int) -> Sparse:
     entries = entries.sort(row, column)
-    starts = numpy.searchsorted(entries[row].to_numpy(), numpy.arange(n_rows + 1))
-    columns, values = (entries[name].to_numpy(writable=True) for name in (column, "value"))
-    return Sparse(*(torch.from_numpy(part) for part in (starts, columns, values)))
+    starts = torch.searchsorted(entries[row].to_torch(), torch.arange(n_rows + 1))
+    return Sparse(starts, entries[column].to_torch(), entries["value"].to_torch())
 
 
 def describe(about: polars.DataFrame, key: str) -> polars.DataFrame:
@@ -1558,14 +1542,11 @@ def time_context(train: polars.DataFrame, test: polars.DataFrame) -> tuple[Tenso
     n_others = polars.col("count").sum().over("user") - polars.col("count")
     rows = rows.with_columns(usual=others / (n_others + 1)).sort("user", "timestamp", "place")
 
-    seconds = torch.from_numpy(rows["timestamp"].cast(polars.Float64).to_numpy(writable=True))
-    is_first = torch.from_numpy(
-        rows["user"].ne_missing(rows["user"].shift()).to_numpy(writable=True)
-    )
-    sums = torch.from_numpy(rows.select("excess", "count").to_numpy(writable=True))
-    usual = torch.from_numpy(rows["usual"].to_numpy(writable=True))
+    seconds = rows["timestamp"].cast(polars.Float64).to_torch()
+    is_first = rows["user"].ne_missing(rows["user"].shift()).to_torch()
+    sums = torch.stack([rows["excess"].to_torch(), rows["count"].to_torch()], 1)
+    usual, place = rows["usual"].to_torch(), rows["place"].to_torch()
     context = torch.empty(len(rows), len(TIME_SCALES))
-    place = torch.from_numpy(rows["place"].to_numpy(writable=True))
     for column, tau in enumerate(TIME_SCALES):
         keep = torch.exp(-seconds.diff(prepend=seconds[:1]) / tau).masked_fill(is_first, 0.0)
         before = _decayed_sums(sums, keep)
