@@ -593,6 +593,8 @@ def _read_raw(
     rows, or all. From text come strings, or, as long as all are integers and ratings in `bounds`,
     what `_convert` makes of them, without numbers.
     """
+    if strange := [name for name in kind.told if name not in NAMES]:
+        raise ValueError(f"columns: no column {strange[0]!r}: it is {', '.join(NAMES)}")
     is_empty = True
     with _open(path, name) as (label, file):
         is_parquet = file.peek(4)[:4] == b"PAR1"
@@ -757,12 +759,9 @@ def _name_columns(where: str, fields: list[str], kind: _Kind) -> list[str | None
     places = _find_places(fields, kind)
     has = ", ".join(field if field.isprintable() else ascii(field) for field in fields)
     has = has if len(has) < 500 else has[:500] + "..."
-    for name, told in kind.told.items():
-        if name not in NAMES:
-            raise ValueError(f"columns: no column {name!r}: it is {', '.join(NAMES)}")
-        if name not in places:
-            raise ValueError(f"{where}: the header has no column {told!r} for {name}, but {has}")
-    if missing := [name for name in kind.needed if name not in places]:
+    missing = [f"{told!r} for {name}" for name, told in kind.told.items() if name not in places]
+    missing = missing[:1] or [name for name in kind.needed if name not in places]
+    if missing:
         raise ValueError(f"{where}: the header has no column {', '.join(missing)}, but {has}")
     names = {place: name for name, place in places.items() if name in kind.needed + kind.others}
     if not kind.fields:
@@ -920,14 +919,14 @@ def _check_records(label: str, block: bytes, form: _Form, n_above: int, quote: s
     if quote:
         field = rb'(?:"[^"]*+(?:""[^"]*+)*+"|%b)' % field
     block = block.removesuffix(b"\n") + b"\n"
-    good = rb"(?:%b(?:%b%b){%d}\r?\n)*+" % (field, separator, field, len(form.columns) - 1)
-    end = re.match(good, block).end()
+    others = rb"(?:%b%b)" % (separator, field)
+    end = re.match(rb"(?:%b%b{%d}\r?\n)*+" % (field, others, len(form.columns) - 1), block).end()
     if end == len(block):
         return
-    record = re.match(rb"%b(?:%b%b)*+\r?\n" % (field, separator, field), block[end:])
     why = "a quote that neither begins nor ends a field, nor is doubled in one"
-    if record:
-        n_fields = len(re.findall(field + separator, record[0])) + 1
+    if record := re.match(rb"%b%b*+\r?\n" % (field, others), block[end:]):
+        unquoted = re.sub(rb'"[^"]*"', b"", record[0]) if quote else record[0]
+        n_fields = unquoted.count(form.separator.encode()) + 1
         why = f"fields: {n_fields}, not {len(form.columns)}"
     line = n_above + 1 + block.count(b"\n", 0, end)
     raise ValueError(f"{label}, line {line}: {why}")
@@ -940,46 +939,49 @@ def _first_line(error: BaseException) -> str:
 def _convert(
     where: str,
     raw: polars.DataFrame,
-    lines: Sequence[int],
+    numbers: Sequence[int],
     bounds: Range = ANY,
     *,
     is_text: bool = False,
 ) -> polars.DataFrame:
     """Ids (String if `is_text`), ratings and timestamps from strings or what Parquet has.
 
-    ValueError names the first of `lines` in which one is missing or wrong.
+    ValueError names the first of the rows, by `numbers`, in which one is missing or wrong.
     """
     columns, wrong = {}, []
-    for name in NAMES:
-        if name not in raw.columns:
-            continue
+    for name in (name for name in NAMES if name in raw.columns):
         column = raw[name]
-        if name == "rating":
-            columns[name] = _to_floats(column)
-            is_good = columns[name].is_finite() & columns[name].is_between(*bounds)
-        elif name == "timestamp":
-            columns[name] = _to_seconds(column)
-            is_good = columns[name].is_not_null()
+        if name in ("user", "item"):
+            is_good = column.is_not_null() if column.dtype.is_integer() else column != ""
+            column = column.cast(polars.String) if is_text else _to_ids(column)
         else:
-            columns[name] = column.cast(polars.String) if is_text else _to_ids(column)
-            is_text_id = column.dtype in TEXT
-            is_good = column.cast(polars.String) != "" if is_text_id else column.is_not_null()
+            if column.dtype == polars.String:
+                column = column.str.strip_chars()
+            if name == "timestamp":
+                column = _to_seconds(column)
+                is_good = column.is_not_null()
+            else:
+                column = column.cast(polars.Float32, strict=False)
+                is_good = column.is_finite() & column.is_between(*bounds)
+        columns[name] = column
         if not is_good.all(ignore_nulls=False):
             wrong.append((is_good.fill_null(False).arg_min(), name))
-    if not wrong:
-        return polars.DataFrame(columns)
-    row, name = min(wrong, key=lambda found: found[0])
-    value, known = raw[name][row], columns[name][row]
+    if wrong:
+        row, name = min(wrong, key=lambda found: found[0])
+        why = _say_wrong(name, raw[name][row], columns[name][row], bounds)
+        raise ValueError(f"{where} {numbers[row]}: {why}")
+    return polars.DataFrame(columns)
+
+
+def _say_wrong(name: str, value: object, known: float | None, bounds: Range) -> str:
     shown = repr(value[:40] if isinstance(value, str) else value)
     if value in (None, ""):
-        why = f"a value is missing ({name})"
-    elif known is None:
-        why = f"could not parse {name} {shown}"
-    elif not math.isfinite(known):
-        why = f"{name} {shown} is not finite"
-    else:
-        why = f"{name} {shown} is not in {bounds[0]:g} to {bounds[1]:g}"
-    raise ValueError(f"{where} {lines[row]}: {why}")
+        return f"a value is missing ({name})"
+    if known is None:
+        return f"could not parse {name} {shown}"
+    if not math.isfinite(known):
+        return f"{name} {shown} is not finite"
+    return f"{name} {shown} is not in {bounds[0]:g} to {bounds[1]:g}"
 
 
 def _to_ids(column: polars.Series) -> polars.Series:
@@ -991,30 +993,18 @@ def _to_ids(column: polars.Series) -> polars.Series:
     return whole if is_same else column.cast(polars.String)
 
 
-def _to_floats(column: polars.Series) -> polars.Series:
-    if column.dtype == polars.String:
-        column = column.str.strip_chars()
-    return column.cast(polars.Float32, strict=False)
-
-
 def _to_seconds(column: polars.Series) -> polars.Series:
     """Unix seconds, Int64, floored; null for what is no time."""
     if column.dtype in (polars.Date, polars.Datetime):
         return column.dt.epoch("s")
     if column.dtype.is_float():
         return column.floor().cast(polars.Int64, strict=False)
-    if column.dtype != polars.String:
-        return column.cast(polars.Int64, strict=False)
-    column = column.str.strip_chars()
     seconds = column.cast(polars.Int64, strict=False)
-    for convert in (_from_decimals, _from_iso):
+    if column.dtype == polars.String and seconds.null_count():
+        seconds = seconds.fill_null(_to_seconds(column.cast(polars.Float64, strict=False)))
         if seconds.null_count():
-            seconds = seconds.fill_null(convert(column))
+            seconds = seconds.fill_null(_from_iso(column))
     return seconds
-
-
-def _from_decimals(column: polars.Series) -> polars.Series:
-    return column.cast(polars.Float64, strict=False).floor().cast(polars.Int64, strict=False)
 
 
 def _from_iso(column: polars.Series) -> polars.Series:
@@ -1187,7 +1177,7 @@ def _to_side(path: Path, column: polars.Series, is_typed: bool) -> polars.Series
     if dtype.is_decimal():
         return column.cast(polars.Float64)
     if dtype in (polars.Date, polars.Datetime):
-        return _to_seconds(column)
+        return column.dt.epoch("s")
     if dtype == polars.List and dtype.inner in TEXT:
         return column.cast(polars.List(polars.String))
     if dtype not in (*TEXT, polars.Boolean, polars.Null):
@@ -1346,15 +1336,13 @@ def _index(*columns: polars.Series) -> tuple[polars.Series, Tensor, Tensor]:
 
     By a table from id to row where integers lie near each other: a look-up for a binary search.
     """
-    if columns[0].dtype == polars.String:
-        ids = polars.concat([column.unique() for column in columns]).unique().sort()
-        rows = (column.cast(polars.Enum(ids)).to_physical() for column in columns)
-        return ids, *(row.cast(polars.Int64).to_torch() for row in rows)
-    low = min(column.min() for column in columns)
-    n_places = max(column.max() for column in columns) - low + 1
+    is_text = columns[0].dtype == polars.String
+    low = 0 if is_text else min(column.min() for column in columns)
+    n_places = math.inf if is_text else max(column.max() for column in columns) - low + 1
     if n_places > 2 * sum(map(len, columns)) + 2**20:
-        ids = polars.concat(columns).unique().sort()
-        return ids, *(ids.search_sorted(column).cast(polars.Int64).to_torch() for column in columns)
+        ids = polars.concat([column.unique() for column in columns]).unique().sort()
+        find = (lambda c: c.cast(polars.Enum(ids)).to_physical()) if is_text else ids.search_sorted
+        return ids, *(find(column).cast(polars.Int64).to_torch() for column in columns)
     # In place, slice by slice: no column is copied twice.
     found = [column.to_numpy(writable=True) for column in columns]
     is_used = numpy.zeros(n_places, dtype=bool)
@@ -1393,17 +1381,15 @@ def find_seen(
 
     It does by a rating in `part`, or by a feature (`describe`) in the frames `users` and `items`.
     """
-    masks = []
-    for name, raw, rows, about in (
-        ("user", ids.users, part.users, users),
-        ("item", ids.items, part.items, items),
-    ):
+
+    def find(name, raw, rows, about):
         seen = torch.zeros(len(raw), dtype=torch.bool)
         if about is not None:
             told = describe(about, name)[name].unique().implode()
             seen |= raw.is_in(told).to_torch()
-        masks.append(seen.index_fill_(0, rows, True))
-    return tuple(masks)
+        return seen.index_fill_(0, rows, True)
+
+    return find("user", ids.users, part.users, users), find("item", ids.items, part.items, items)
 
 
 class Sparse(NamedTuple):
