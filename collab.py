@@ -36,6 +36,7 @@ import click
 
 FEATURES = ("id", "implicit", "side", "time")
 DATASETS = ("ml-100k", "ml-latest-small", "ml-1m", "ml-10m", "ml-20m", "ml-25m", "ml-32m")
+LOSSES = ("mse", "ordinal")
 SPLITS = ("ua", "ub", "u1", "u2", "u3", "u4", "u5", "random")
 
 # fastai: fastai v1's lesson, matched in every detail. default and best: chosen by tests/tune.py on
@@ -489,7 +490,13 @@ def describe_unseen(task):
 
 def choose_options(recipe, given):
     """The recipe's options with those given over them. ValueError where they do not go together."""
+    if recipe not in RECIPES or (unknown := sorted(set(given) - set(RECIPES[recipe]))):
+        raise ValueError(
+            f"no recipe {recipe!r}" if recipe not in RECIPES else f"no option {unknown}"
+        )
     options = RECIPES[recipe] | {name: value for name, value in given.items() if value is not None}
+    if options["loss"] not in LOSSES:
+        raise ValueError(f"no loss {options['loss']!r}: it is {' or '.join(LOSSES)}")
     if options["loss"] == "ordinal" and given.get("y_range") is not None:
         raise ValueError("--y-range goes with --loss mse.")
     if options["loss"] == "mse" and options["y_range"] is None:
@@ -616,6 +623,13 @@ def conclude(training, rows):
         "fit_seconds": sum(row["seconds"] for row in rows),
         "evaluate_seconds": evaluate_seconds,
     }
+
+
+def describe_test(figures):
+    """What a training was tested on."""
+    if "holdout" in figures:
+        return "{holdout:g} of the training part of {split}".format_map(figures)
+    return figures["split"]
 
 
 def train_model(found, **settings):
@@ -948,46 +962,49 @@ def add_average(saved):
 def find_context(saved, users, items, times):
     """`data.time_context` of pairs of rows at `times` (N,) int64, from the model's training part.
 
-    A tuple of it, or an empty one for a model without the feature time or for no times.
+    A tuple of it, or an empty one for a model without the feature time or for no times. A rating of
+    the training part is left out of its own context, as it was in training.
     """
-    import polars
-
-    import data
-
-    if len(saved.rated) == 2 or times is None:
-        return ()
-    starts, rated_items, ratings, rated_times = saved.rated
-    rated_users = _expand(starts)
-    columns = ("user", "item", "rating", "timestamp")
-    history, pairs = (
-        polars.DataFrame(dict(zip(columns, (c.numpy() for c in part), strict=False)))
-        for part in (
-            (rated_users, rated_items.long(), ratings, rated_times),
-            (users, items, users.float(), times),
-        )
-    )
-    return (data.time_context(history, pairs)[1],)
-
-
-def find_new_context(saved, items, ratings, times):
-    """`data.time_context` of a new user's own ratings (N,), or None as `find_context`'s tuple."""
-    import polars
     import torch
 
     import data
 
     if len(saved.rated) == 2 or times is None:
+        return ()
+    history = frame_ratings(saved)
+    pairs = history.clear().vstack(_to_frame(users, items, torch.zeros(len(users)), times))
+    own, context = data.time_context(history, pairs)
+    columns = ["user", "item", "timestamp"]
+    rows = pairs.join(history.with_row_index("row"), columns, "left", maintain_order="left")["row"]
+    known = torch.from_numpy(rows.is_not_null().to_numpy(writable=True))
+    context[known] = own[rows.drop_nulls().cast(int).to_torch()]
+    return (context,)
+
+
+def find_new_context(saved, items, ratings, times):
+    """`data.time_context` of a new user's own ratings (N,), or None as `find_context`'s tuple."""
+    import torch
+
+    import data
+
+    if len(saved.rated) == 2 or times is None or not len(items):
         return None
-    starts, rated_items, rated, rated_times = saved.rated
-    new = torch.full_like(items, len(saved.user_ids))
-    columns = {
-        "user": torch.cat([_expand(starts), new]),
-        "item": torch.cat([rated_items.long(), items]),
-        "rating": torch.cat([rated, ratings]),
-        "timestamp": torch.cat([rated_times, times]),
-    }
-    frame = polars.DataFrame({name: column.numpy() for name, column in columns.items()})
+    user = torch.full_like(items, len(saved.user_ids))
+    frame = frame_ratings(saved).vstack(_to_frame(user, items, ratings, times))
     return data.time_context(frame, frame.clear())[0][-len(items) :]
+
+
+def frame_ratings(saved):
+    """The training part of a model with the feature time, by rows of users and items."""
+    starts, items, ratings, times = saved.rated
+    return _to_frame(_expand(starts), items.long(), ratings, times)
+
+
+def _to_frame(*columns):
+    import polars
+
+    names = ("user", "item", "rating", "timestamp")
+    return polars.DataFrame({n: c.numpy() for n, c in zip(names, columns, strict=True)})
 
 
 def _expand(starts):
@@ -1005,7 +1022,10 @@ def predict(saved, users, items, *, allow_unknown=False):
     """
     import polars
 
-    pairs = polars.DataFrame({"user": list(users), "item": list(items)})
+    users, items = list(users), list(items)
+    if len(users) != len(items):
+        raise ValueError(f"{len(users)} users and {len(items)} items are no pairs")
+    pairs = polars.DataFrame({"user": users, "item": items})
     return predict_frame(saved, pairs, source="predict", allow_unknown=allow_unknown)
 
 
@@ -1131,11 +1151,11 @@ def recommend(saved, user=None, *, rated=None, n=10, include_seen=False):
     """
     import torch
 
+    if (user is None) == (rated is None) or n < 1:
+        raise ValueError(f"give a user or what one has rated, not both, and n above 0, not {n}")
     if rated is not None:
-        items, ratings, *times = map(list, zip(*rated, strict=True))
-        rows = torch.tensor([find_item(saved, item) for item in items])
-        tables = fold_in(saved, rows, torch.tensor(ratings).float(), *map(torch.tensor, times))
-        scores = score(tables, torch.tensor([0]), saved.head)[0]
+        rows, *columns = to_rated(saved, rated)
+        scores = score(fold_in(saved, rows, *columns), torch.tensor([0]), saved.head)[0]
     else:
         row = find_user(saved, user)
         rows = saved.rated[1][slice(*saved.rated[0][row : row + 2])].long()
@@ -1148,6 +1168,24 @@ def recommend(saved, user=None, *, rated=None, n=10, include_seen=False):
         for row, value in zip(rows.tolist(), values.clamp(*saved.clip).tolist(), strict=True)
         if scores[row] > -math.inf
     ]
+
+
+def to_rated(saved, rated):
+    """Rows (N,) of the items rated, ratings (N,) and, if all have one, timestamps (N,).
+
+    Of several ratings of one item the latest counts, of one time or without times the last.
+    """
+    import torch
+
+    rated = [tuple(each) for each in rated]
+    if len({len(each) for each in rated} | {2, 3}) > 2 or len({len(each) for each in rated}) > 1:
+        raise ValueError("what was rated is (item, rating) or (item, rating, timestamp) for all")
+    latest = {}
+    for item, *told in sorted(rated, key=lambda each: each[2:]):
+        latest[find_item(saved, item)] = told
+    columns = list(zip(*latest.values(), strict=True)) or [()]
+    rows, ratings = torch.tensor(list(latest)).long(), torch.tensor(columns[0]).float()
+    return rows, ratings, *(torch.tensor(times) for times in columns[1:])
 
 
 def recommend_all(saved, *, n=10, include_seen=False, block=None):
@@ -1250,6 +1288,8 @@ def find_similar(saved, item, *, n=10):
     import model
 
     row = find_item(saved, item)
+    if not saved.seen[1][row]:
+        raise ValueError(f"nothing is known of item {saved.item_ids[row]!r}: no training ratings")
     cosines = model.find_similar([tables.item_factors for tables in saved.tables], row)
     cosines[row] = -math.inf
     cosines[count_ratings(saved) == 0] = -math.inf
@@ -1384,9 +1424,13 @@ def load_checkpoint(path):
 
 
 def find_fingerprint(training):
-    """SHA-256 of all that the course of a training depends on: options, seed, tensors."""
+    """SHA-256 of all that a training depends on: options, seed, ids, ratings, features."""
+    task = training.task
     digest = hashlib.sha256(repr((training.options, training.figures["seed"])).encode())
-    for tensor in (*training.task.train, *training.task.test):
+    for raw_ids in task.ids:
+        digest.update(repr(raw_ids.to_list()).encode())
+    matrices = [tensor for matrix in task.features or () for tensor in matrix]
+    for tensor in (*task.train, *task.test, *task.seen, *matrices):
         digest.update(tensor.numpy())
     return digest.hexdigest()
 
@@ -1417,14 +1461,14 @@ def start_figure(n_columns=1, *, width=8.0, height=4.8):
 
 
 def plot_runs(runs):
-    """Learning curves, lr and momentum of trainings: `runs` maps names to their `--metrics`."""
+    """Learning curves, lr and momentum of trainings: `runs` has pairs of a name and `--metrics`."""
     import schedule
     import train
 
     figure, (errors, losses, lrs) = start_figure(3, width=14.0, height=4.4)
     momenta = lrs.twinx()
     momenta.spines["top"].set_visible(False)
-    for number, (name, run) in enumerate(runs.items()):
+    for number, (name, run) in enumerate(runs):
         name = name.encode(errors="replace").decode().replace("$", r"\$")  # no formula
         name = f" {name}" if name.startswith("_") else name  # which would have no label
         color, options = f"C{number % 10}", run["options"]
@@ -1641,7 +1685,10 @@ def packed(name, options):
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def cli():
-    """Collaborative filtering in plain PyTorch."""
+    """Collaborative filtering in plain PyTorch.
+
+    A MODEL is a file that `train --save` has written.
+    """
 
 
 FILE = click.Path(path_type=Path)
@@ -1687,9 +1734,7 @@ RECIPE_OPTIONS = {
         metavar="NAMES",
         help=f"What a row is made of: {','.join(FEATURES)}, or some of them.",
     ),
-    "loss": click.option(
-        "--loss", type=click.Choice(["mse", "ordinal"]), help="What is differentiated."
-    ),
+    "loss": click.option("--loss", type=click.Choice(LOSSES), help="What is differentiated."),
     "y_range": click.option(
         "--y-range",
         nargs=2,
@@ -1713,7 +1758,7 @@ RECIPE_OPTIONS = {
         "--batch-size", type=click.IntRange(1, 2**31), help="Ratings a step."
     ),
     "drop_last": click.option(
-        "--drop-last/--keep-last", default=None, help="Leave out an incomplete batch?"
+        "--drop-last/--keep-last", default=None, help="Leave out an incomplete last batch, or not."
     ),
     "lr_max": click.option(
         "--lr-max", type=POSITIVE, callback=_finite, help="Step size at the peak."
@@ -1740,7 +1785,13 @@ def with_training_options(command):
             show_default=True,
             help="Of torch, in each process; one is fastest for small batches.",
         ),
-        click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
+        click.option(
+            "--seed",
+            type=click.IntRange(0, 2**32 - 1),
+            default=0,
+            show_default=True,
+            help="Of all that is drawn at random: the same seed gives the same model.",
+        ),
         packed("given", RECIPE_OPTIONS),
         click.option(
             "--recipe",
@@ -1779,9 +1830,11 @@ def with_split_options(command):
 
 
 METRICS = click.option("--metrics", type=FILE, help="Write the figures here, as JSON.")
-MODEL = click.argument("path", metavar="MODEL", type=FILE)
+MODEL = click.argument("path", metavar="MODEL", type=FILE)  # what `train --save` has written
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-NUMBER = click.option("-n", "n", type=click.IntRange(1, 10**6), default=10, show_default=True)
+NUMBER = click.option(
+    "-n", "n", type=click.IntRange(1, 10**6), default=10, show_default=True, help="How many."
+)
 PICTURE = {"type": FILE, "callback": _ending(".png", ".svg"), "metavar": "FILE.png|.svg"}
 TABLE = {"type": FILE, "callback": _ending(".csv", ".tsv", ".parquet")}
 ALLOW_UNKNOWN = click.option(
@@ -1802,6 +1855,21 @@ def read_options(where):
     return rest | {"columns": choose_columns(where)}
 
 
+def refuse_columns(values, option):
+    """UsageError for a name of a column where there is no table."""
+    for name in COLUMN_OPTIONS:
+        if values[name] is not None:
+            raise click.UsageError(f"--{name.replace('_', '-')} goes with {option}.")
+
+
+def check_paths(sources, results):
+    """UsageError for a result that would be written over what is read."""
+    sources = {path.resolve() for path in sources if path is not None}
+    for path in results:
+        if path is not None and path.resolve() in sources:
+            raise click.UsageError(f"{path} is read, and would be written over.")
+
+
 def start(threads, paths):
     """What a command that trains does first: threads, and that its results can be written."""
     import torch
@@ -1820,17 +1888,16 @@ def check_usage(recipe, given, where, paths=(), *, split=None, test=None, holdou
         choose_dataset(where["dataset"], where["ratings"])
         check_split(split, test, holdout)
     sources = [where["ratings"], where["users"], where["items"], test]
-    sources = {path.resolve() for path in sources if path is not None}
-    for path in paths:
-        if path is not None and path.resolve() in sources:
-            raise click.UsageError(f"{path} is read, and would be written over.")
+    if not any(sources):
+        refuse_columns(where, "--ratings")
+    check_paths(sources, paths)
     names = [path.resolve() for path in paths if path is not None]
     if len(set(names)) < len(names):
         twice = next(path for path in filter(None, paths) if names.count(path.resolve()) > 1)
         raise click.UsageError(f"two of the results are both {twice}.")
 
 
-@cli.command("train")
+@cli.command("train", short_help="Train a model on ratings.")
 @with_split_options
 @with_training_options
 @METRICS
@@ -1877,7 +1944,7 @@ def train_command(context, threads, save_to, metrics, checkpoint, resume, **opti
     if point is not None:
         is_same = point["fingerprint"] == find_fingerprint(training)
         if not is_same or len(point["states"]) != training.options["ensemble"]:
-            raise ValueError(f"{resume}: the ratings are not those that it was trained on")
+            raise ValueError(f"{resume}: the data is not that which it was trained on")
         rows, go_on, members = point["rows"], (len(point["rows"]), point["states"]), point["params"]
         _notice(f"{resume}: going on after epoch {len(rows)} of {training.options['epochs']}")
     tested = "test" if told["holdout"] is None else "held"
@@ -1892,13 +1959,10 @@ def train_command(context, threads, save_to, metrics, checkpoint, resume, **opti
     figures = conclude(training, rows) | {"load_seconds": load_seconds}
     if n_processes > 1:
         figures["processes"] = n_processes
-    place = figures["split"]
-    if told["holdout"] is not None:
-        place = f"{told['holdout']:g} of the training part of {place}"
     result = (
         "{} mse {mse:.4f}, rmse {rmse:.4f}, mae {mae:.4f} on {}, trained in {fit_seconds:.2f} s"
     )
-    click.echo(result.format(tested, place, **figures))
+    click.echo(result.format(tested, describe_test(figures), **figures))
     if save_to is not None:
         save_model(save_to, make_model(training, members, figures))
     if metrics is not None:
@@ -1913,7 +1977,7 @@ def keep_options(told):
     kept = {name: value for name, value in told.items() if name not in NOT_KEPT}
     if kept["features"] is not None:
         kept["features"] = ",".join(kept["features"])
-    return {name: str(v) if isinstance(v, Path) else v for name, v in kept.items()}
+    return {name: str(v.resolve()) if isinstance(v, Path) else v for name, v in kept.items()}
 
 
 def restore_options(context, kept, path):
@@ -1961,7 +2025,7 @@ def _progress(length, label):
     )
 
 
-@cli.command("cross-validate")
+@cli.command("cross-validate", short_help="Errors over several splits.")
 @click.option(
     "--splits",
     callback=_names(SPLITS[:-1]),
@@ -2020,13 +2084,16 @@ def cross_validate_command(splits, folds, where, recipe, given, seed, threads, m
         save_json(metrics, figures)
 
 
-@cli.command("lr-find")
+@cli.command("lr-find", short_help="Suggest an --lr-max.")
 @with_split_options
 @with_training_options
 @click.option("--plot", "plot_to", **PICTURE, help="Draw the curve.")
 @JSON
 def lr_find_command(where, recipe, given, threads, test, plot_to, as_json, **settings):
     """Suggest an --lr-max: fastai's range test, one short run at a growing learning rate."""
+    for name in ("epochs", "lr_max", "ensemble"):
+        if given[name] is not None:
+            raise click.UsageError(f"--{name.replace('_', '-')} changes nothing here.")
     parts = {name: settings[name] for name in ("split", "holdout")}
     check_usage(recipe, given, where, (plot_to,), **parts, test=test)
     start(threads, (plot_to,))
@@ -2061,14 +2128,14 @@ def check_known(saved, frame, path, columns):
         raise
 
 
-@cli.command("evaluate")
+@cli.command("evaluate", short_help="Errors and ranking of a saved model.")
 @MODEL
-@click.option("--ratings", type=FILE, help="Of this table, not of the test part of the training.")
+@click.option("--ratings", type=FILE, help="On this table, not on the test part of the training.")
 @packed("columns", COLUMN_OPTIONS)
 @click.option(
     "--ranking", is_flag=True, help="How well the top of each user's list is chosen, too."
 )
-@click.option("-k", "k", type=click.IntRange(1), default=10, show_default=True, help="Its length.")
+@click.option("-k", "k", type=click.IntRange(1), help="Length of that top.  [default: 10]")
 @click.option(
     "--min-rating",
     type=float,
@@ -2082,8 +2149,11 @@ def check_known(saved, frame, path, columns):
 @JSON
 def evaluate_command(path, ratings, columns, ranking, k, min_rating, as_json, **allowed):
     """Print a saved model's error on the test part of its training, or on other ratings."""
-    if min_rating is not None and not ranking:
-        raise click.UsageError("--min-rating goes with --ranking.")
+    for name, value in (("-k", k), ("--min-rating", min_rating)):
+        if value is not None and not ranking:
+            raise click.UsageError(f"{name} goes with --ranking.")
+    if ratings is None:
+        refuse_columns(columns, "--ratings")
 
     import data
 
@@ -2097,13 +2167,13 @@ def evaluate_command(path, ratings, columns, ranking, k, min_rating, as_json, **
         saved,
         frame,
         source=str(ratings),
-        k=k if ranking else None,
+        k=(k or 10) if ranking else None,
         min_rating=min_rating,
         **allowed,
     )
     if as_json:
         return echo_json(figures)
-    place = str(ratings) if ratings is not None else saved.figures["split"]
+    place = str(ratings) if ratings is not None else describe_test(saved.figures)
     line = "mse {mse:.4f}, rmse {rmse:.4f}, mae {mae:.4f} on {n_test:,} ratings of {place}"
     click.echo(line.format(place=place, **figures))
     if ranking:
@@ -2114,7 +2184,7 @@ def evaluate_command(path, ratings, columns, ranking, k, min_rating, as_json, **
         click.echo(line.format_map(figures))
 
 
-@cli.command("predict")
+@cli.command("predict", short_help="Ratings of one pair or of many.")
 @MODEL
 @click.option("--user", help="Its id.")
 @click.option("--item", help="Its id, or a part of its title that no other has.")
@@ -2132,12 +2202,12 @@ def predict_command(path, user, item, pairs, columns, output, allow_unknown, as_
     if pairs is None:
         if output is not None:
             raise click.UsageError("--output goes with --pairs.")
-        saved = load_model(path)
-        rows = find_user(saved, user), find_item(saved, item)
-        return predict_one(saved, *rows, as_json=as_json)
+        refuse_columns(columns, "--pairs")
+        return predict_one(load_model(path), user, item, allow_unknown, as_json=as_json)
 
     import data
 
+    check_paths((path, pairs), (output,))
     data.check_writable(output)
     saved, n_pairs = load_model(path), 0
     frames = data.read_pairs(pairs, columns=choose_columns(columns))
@@ -2154,17 +2224,26 @@ def predict_command(path, user, item, pairs, columns, output, allow_unknown, as_
     click.echo(f"{n_pairs:,} predictions in {output}")
 
 
-def predict_one(saved, user, item, *, as_json):
-    """Print the prediction for a row of users and one of items."""
-    import torch
-
-    rows, head = (torch.tensor([user]), torch.tensor([item])), make_head(*saved.head)
-    mean, deviation = predict_rows(saved.tables, *rows, head=head)
+def predict_one(saved, user, item, allow_unknown, *, as_json):
+    """`predict --user --item`."""
+    ids = []
+    for raw, raw_ids, find in (
+        (user, saved.user_ids, find_user),
+        (item, saved.item_ids, find_item),
+    ):
+        try:
+            ids.append(raw_ids[find(saved, raw)])
+        except ValueError:
+            if not allow_unknown:
+                raise
+            ids.append(raw)
+    (mean,), (deviation,) = predict(saved, *([each] for each in ids), allow_unknown=allow_unknown)
+    row = find_row(saved.item_ids, ids[1])
     answer = {
-        "user": saved.user_ids[user],
-        "item": saved.item_ids[item],
-        "title": find_title(saved, item),
-        "rating": mean.clamp(*saved.clip).item(),
+        "user": ids[0],
+        "item": ids[1],
+        "title": str(ids[1]) if row is None else find_title(saved, row),
+        "rating": mean.item(),
         "deviation": deviation.item(),
     }
     if as_json:
@@ -2173,7 +2252,7 @@ def predict_one(saved, user, item, *, as_json):
     click.echo(("{rating:.2f}" + spread + " by {user} for {title}").format_map(answer))
 
 
-@cli.command("recommend")
+@cli.command("recommend", short_help="The best items for a user, a new one, all.")
 @MODEL
 @click.option("--user", help="Its id.")
 @click.option(
@@ -2193,14 +2272,20 @@ def recommend_command(path, user, rated, all_users, columns, output, n, include_
         raise click.UsageError("Give one of --user, --rated and --all-users.")
     if all_users != (output is not None):
         raise click.UsageError("--all-users and --output go together.")
+    if rated is None:
+        refuse_columns(columns, "--rated")
     if all_users:
+        check_paths((path,), (output,))
         return write_recommendations(path, output, n=n, include_seen=include_seen, as_json=as_json)
     saved = load_model(path)
     if rated is not None:
-        asked, rated = {"rated": rated}, read_rated(rated, choose_columns(columns))
+        asked, rated = {"rated": rated}, read_rated(saved, rated, choose_columns(columns))
     else:
         asked = {"user": saved.user_ids[find_user(saved, user)]}
     found = recommend(saved, user, rated=rated, n=n, include_seen=include_seen)
+    if rated is not None:  # which may have been told by parts of titles
+        rows = (find_row(saved.item_ids, item) for item, *_ in rated)
+        _notice("rated: " + "; ".join(find_title(saved, row) for row in rows))
     echo_items(found, asked, as_json=as_json)
 
 
@@ -2223,12 +2308,19 @@ def write_recommendations(path, output, *, n, include_seen, as_json):
     click.echo(f"up to {n} items for each of {len(saved.user_ids):,} users in {output}")
 
 
-def read_rated(text, columns):
-    """A new user's ratings from `--rated`: a list of (item, rating[, timestamp])."""
+def read_rated(saved, text, columns):
+    """A new user's ratings from `--rated`: a list of (item, rating[, timestamp]).
+
+    A file has ids; what is typed may be parts of titles.
+    """
     if os.path.exists(text):  # False, not OSError, where the text is too long for a name
         import data
 
-        return list(data.read_rated(Path(text), columns=columns).iter_rows())
+        rated = list(data.read_rated(Path(text), columns=columns).iter_rows())
+        for item, *_ in rated:
+            if find_row(saved.item_ids, item) is None:
+                raise ValueError(f"{text}: no item {str(item)!r} in the model")
+        return rated
     rated = []
     for pair in text.split(","):
         item, _, rating = (part.strip() for part in pair.rpartition(":"))
@@ -2238,7 +2330,7 @@ def read_rated(text, columns):
             item = ""
         if not item:
             raise ValueError(f"--rated {text}: neither a file nor ITEM:RATING,ITEM:RATING")
-    return rated
+    return [(saved.item_ids[find_item(saved, item)], rating) for item, rating in rated]
 
 
 def echo_items(found, asked, *, as_json):
@@ -2258,7 +2350,7 @@ def echo_items(found, asked, *, as_json):
         click.echo(" | ".join([*cells, title]))
 
 
-@cli.command("similar")
+@cli.command("similar", short_help="Items like one.")
 @MODEL
 @click.option("--item", required=True, help="Its id, or a part of its title that no other has.")
 @NUMBER
@@ -2271,7 +2363,7 @@ def similar_command(path, item, n, as_json):
     echo_items(find_similar(saved, asked["item"], n=n), asked, as_json=as_json)
 
 
-@cli.command("info")
+@cli.command("info", short_help="What a saved model is.")
 @MODEL
 @JSON
 def info_command(path, as_json):
@@ -2280,18 +2372,19 @@ def info_command(path, as_json):
     if as_json:
         return echo_json(told)
     for name, value in (told | told.pop("options")).items():
-        value = f"{value:.4f}" if isinstance(value, float) and abs(value) >= 0.1 else value
+        value = f"{value:.4g}" if isinstance(value, float) else value
         text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
         click.echo(f"{name:16} {text}")
 
 
-@cli.command("interpret")
+@cli.command("interpret", short_help="The items liked most and least.")
 @MODEL
 @NUMBER
 @click.option("--output", **PICTURE, help="Draw them, too.")
 @JSON
 def interpret_command(path, n, output, as_json):
     """Print the items liked most and least, whoever rates: those of the highest and lowest bias."""
+    check_paths((path,), (output,))
     saved = load_model(path)
     most, least = interpret(saved, n=n)
     if output is not None:
@@ -2304,20 +2397,23 @@ def interpret_command(path, n, output, as_json):
         echo_items(part, {}, as_json=False)
 
 
-@cli.command("map")
+@cli.command("map", short_help="A picture of the items.")
 @MODEL
 @click.option("--output", **PICTURE, required=True)
 def map_command(path, output):
     """Draw the items by the first two principal components of their factors."""
+    check_paths((path,), (output,))
     picture(output, plot_map(load_model(path)))
 
 
-@cli.command("plot")
+@cli.command("plot", short_help="A picture of trainings.")
 @click.argument("paths", metavar="FILE.json...", nargs=-1, required=True, type=FILE)
 @click.option("--output", **PICTURE, required=True)
 def plot_command(paths, output):
     """Draw the learning curves and schedules of trainings from their --metrics files."""
-    picture(output, plot_runs({path.stem: read_metrics(path) for path in paths}))
+    is_plain = len({path.stem for path in paths}) == len(paths)
+    names = [path.stem if is_plain else str(path) for path in paths]
+    picture(output, plot_runs([(n, read_metrics(p)) for n, p in zip(names, paths, strict=True)]))
 
 
 def read_metrics(path):

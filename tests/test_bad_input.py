@@ -339,8 +339,11 @@ PREDICT = {
         files={"p.csv": "user,item\n"},
     ),
     "pairs missing": asked("predict m.pt --pairs p.csv --output o.csv", "p.csv: No such file"),
-    "same file, unknown id": asked(
-        "predict m.pt --pairs p.csv --output p.csv", "line 2", files={"p.csv": "user,item\nx,it1\n"}
+    "pairs written over": asked(
+        "predict m.pt --pairs p.csv --output p.csv",
+        "p.csv is read, and would be written over",
+        files={"p.csv": "user,item\nx,it1\n"},
+        status=2,
     ),
     "output of another ending": asked(
         "predict m.pt --pairs p.csv --output o.txt", "'o.txt' does not end in .csv", status=2
@@ -435,7 +438,7 @@ RESUME = {
     "resume and save to one": asked("train --resume k.pt --save k.pt", "both k.pt", status=2),
     "resume on another seed": asked(
         "train --resume x",
-        "x: the ratings are not those",
+        "x: the data is not that",
         files={"x": tampered(lambda point: point["arguments"].update(seed=5), "k.pt")},
     ),
     "resume without options": asked(
@@ -445,7 +448,7 @@ RESUME = {
     ),
     "resume on other ratings": asked(
         "train --resume x",
-        "x: the ratings are not those",
+        "x: the data is not that",
         files={
             "r.csv": table(),
             "x": lambda path: checkpoint(path, "--ratings", path.parent / "r.csv"),

@@ -1109,3 +1109,93 @@ def test_a_checkpoint_fixes_all_that_the_result_depends_on(main, tmp_path):
     done = main("evaluate", "c.pt")
     assert_one_line(done, "c.pt: not a model of this program: format 'collab checkpoint 1'")
     assert (tmp_path / "c.pt").read_bytes() == before
+
+
+def write_own(folder, *, tail="u1,i2,3", kinds="AB"):
+    """A table of ratings and one of items, of which every other is of another kind."""
+    rows = [f"u{user},i{item},{1 + user * item % 5}" for user in range(9) for item in range(9)]
+    (folder / "r.csv").write_text("\n".join([*rows, tail]))
+    items = [f"i{item},Film {item},{kinds[item % 2]}" for item in range(9)]
+    (folder / "i.csv").write_text("\n".join(["item,title,kind", *items]))
+
+
+@pytest.mark.parametrize("changed", [{"tail": "u1,i2,4"}, {"kinds": "AA"}, {"tail": "u1,j2,3"}])
+def test_a_checkpoint_goes_with_its_data(main, tmp_path, changed):
+    write_own(tmp_path)
+    own = ("--ratings", "r.csv", "--items", "i.csv", "--features", "id,side", "--epochs", 1)
+    assert main("train", *own, "--checkpoint", "c.pt").returncode == 0
+    assert main("train", "--resume", "c.pt").returncode == 0
+    write_own(tmp_path, **changed)
+    done = main("train", "--resume", "c.pt")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last == "Error: c.pt: the data is not that which it was trained on"
+
+
+def test_a_training_rating_is_left_out_of_its_own_moment(timed):
+    """Asked about the training part, the context is that of training."""
+    starts, items, _, times = timed.rated
+    users = torch.repeat_interleave(torch.arange(943), starts.diff())
+    (context,) = collab.find_context(timed, users, items.long(), times)
+    history = collab.frame_ratings(timed)
+    assert torch.allclose(context, data.time_context(history, history.clear())[0])
+    (test_context,) = collab.find_context(timed, *timed.test[:2], torch.zeros(9430).long())
+    assert not torch.allclose(test_context, timed.test[3])
+
+
+def test_what_a_new_user_rated_twice_counts_once(plain):
+    alone = collab.recommend(plain, rated=[(50, 1), (172, 4)])
+    assert collab.recommend(plain, rated=[(50, 5), (172, 4), (50, 1)]) == alone
+    assert collab.recommend(plain, rated=[(50, 1, 9), (50, 5, 8), (172, 4, 7)]) == alone
+    average = collab.recommend(plain, rated=[], include_seen=True)
+    assert {each.item for each in average} & {each.item for each in alone}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give a user or what one has rated"),
+        ({"user": 1, "rated": [(50, 5)]}, "give a user or what one has rated"),
+        ({"user": 1, "n": -1}, "n above 0, not -1"),
+        ({"rated": [(50, 5), (172, 4, 9)]}, r"\(item, rating\) or \(item, rating, timestamp\)"),
+        ({"rated": [(50,)]}, r"\(item, rating\) or \(item, rating, timestamp\)"),
+    ],
+)
+def test_the_librarys_errors_are_its_own(plain, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        collab.recommend(plain, **arguments)
+
+
+def test_misspelt_settings_are_refused(found):
+    with pytest.raises(ValueError, match=r"no option \['n_factor'\]"):
+        collab.set_up(found, n_factor=8)
+    with pytest.raises(ValueError, match="no recipe 'x'"):
+        collab.set_up(found, recipe="x")
+    with pytest.raises(ValueError, match="no loss 'x': it is mse or ordinal"):
+        collab.set_up(found, loss="x")
+
+
+def test_nothing_is_similar_to_what_nobody_rated(plain):
+    unrated = plain.item_ids[(~plain.seen[1]).nonzero()[0, 0]]
+    with pytest.raises(ValueError, match=f"nothing is known of item {unrated}"):
+        collab.find_similar(plain, unrated)
+
+
+@pytest.mark.usefixtures("ml_100k")
+def test_a_held_out_part_is_called_so(main):
+    assert main("train", "--epochs", 1, "--holdout", 0.1, "--save", "m.pt").returncode == 0
+    assert main("evaluate", "m.pt").stdout.endswith(
+        "9,057 ratings of 0.1 of the training part of ua\n"
+    )
+
+
+@pytest.mark.usefixtures("ml_100k")
+def test_a_file_of_a_new_users_ratings_has_ids_not_titles(main, tmp_path):
+    assert main("train", "--epochs", 1, "--save", "m.pt").returncode == 0
+    (tmp_path / "mine.csv").write_text("item,rating\n2001,5\n50,4\n")
+    done = main("recommend", "m.pt", "--rated", "mine.csv")
+    assert_one_line(done, "mine.csv: no item '2001' in the model")
+    done = main("recommend", "m.pt", "--rated", "2001:5")
+    assert done.stderr == "rated: 2001: A Space Odyssey (1968)\n"
+    unknown = main("predict", "m.pt", "--user", "x", "--item", "star wars", "--allow-unknown")
+    assert unknown.stdout.endswith(" by x for Star Wars (1977)\n")

@@ -239,9 +239,13 @@ def test_map(trained):
 
 
 def test_plot(trained):
-    trained.run("plot", "m.json", "m.json", "--output", "runs.svg")
+    """Runs of one name in two folders are two curves."""
+    (trained.folder / "other").mkdir()
+    (trained.folder / "other" / "m.json").write_text((trained.folder / "m.json").read_text())
+    trained.run("plot", "m.json", "other/m.json", "--output", "runs.svg")
     texts = read_comments(trained.folder / "runs.svg")
-    assert {"epoch", "test MSE", "learning rate (solid)", "momentum (dotted)", "m"} <= texts
+    assert {"epoch", "test MSE", "learning rate (solid)", "momentum (dotted)"} <= texts
+    assert {"m.json", "other/m.json"} <= texts
 
 
 def read_comments(path):
