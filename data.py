@@ -31,6 +31,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
@@ -654,12 +655,13 @@ def _read_text(
     while block := block + _read_lines(label, file, BLOCK, is_quoted=form.separator != "::"):
         content, one_byte = _one_byte(block, form)
         ratings = _read_numbers(io.BytesIO(content), one_byte, bounds) if bounds else None
-        if ratings is None:
+        if ratings is not None and _is_shaped(content, one_byte, len(ratings)):
+            yield ratings, None
+            n_above += len(ratings)
+        else:
             bounds = None  # the rest will hardly be numbers
             yield _read_strings(label, content, one_byte, n_above)
-        else:
-            yield ratings, None
-        n_above += block.count(b"\n") if ratings is None else len(ratings)
+            n_above += block.count(b"\n")
         block = b""
 
 
@@ -817,13 +819,15 @@ def _read_csv(
     quote: str | None = None,
     n_skipped: int = 0,
 ) -> polars.DataFrame:
+    names = {name or f"\0{place}": name for place, name in enumerate(form.columns)}
     return polars.read_csv(
         source,
-        schema={str(i): dtypes.get(name, polars.String) for i, name in enumerate(form.columns)},
+        schema={unique: dtypes.get(name, polars.String) for unique, name in names.items()},
         separator=form.separator,
         quote_char=quote,
         has_header=False,
         skip_rows=n_skipped,
+        raise_if_empty=False,
     )
 
 
@@ -845,9 +849,9 @@ def _read_numbers(
     """Ratings by integers; None for any others, or where something is wrong or missing."""
     try:
         numbers = _read_csv(source, form, NUMBERS, n_skipped=n_skipped)
+        numbers = numbers.select(_choose(form.columns))
         if not len(numbers) or sum(numbers.null_count().row(0)):  # as of a field too few
             return None
-        numbers = numbers.select(_choose(form.columns))
         ratings = _convert("", numbers, range(len(numbers)), bounds)
     except (polars.exceptions.PolarsError, ValueError):
         return None
@@ -876,6 +880,10 @@ def _is_canonical(file: IO[bytes], separator: str) -> bool:
     return True
 
 
+def _is_shaped(block: bytes, form: _Form, n_records: int) -> bool:
+    return block.count(form.separator.encode()) == n_records * (len(form.columns) - 1)
+
+
 def _read_strings(
     label: str, block: bytes, form: _Form, n_above: int
 ) -> tuple[polars.DataFrame, Sequence[int]]:
@@ -898,8 +906,7 @@ def _read_strings(
         block = block.replace(b"\r" + end, b"\r\r" + end)
     with suppress(polars.exceptions.PolarsError):
         raw = _read_csv(block, form, {}, quote).select(_choose(form.columns))
-        n_separators = len(raw) * (len(form.columns) - 1)
-        if len(raw) == len(lines) and (quote or block.count(end) == n_separators):
+        if len(raw) == len(lines) and (quote or _is_shaped(block, form, len(raw))):
             return raw, lines
     _check_records(label, block, form, n_above, quote)
     raise ValueError(f"{label}, lines {n_above + 1} to {n_above + n_lines}: no table")
@@ -1125,15 +1132,8 @@ def _read_movielens(path: Path, forms: Mapping[str, _Form]) -> polars.DataFrame 
         elif name == "movies.dat":
             content = _to_utf8(content)
         content, form = _one_byte(content, forms[name])
-        return polars.read_csv(
-            content,
-            schema={name: dtypes.get(name, polars.String) for name in form.columns},
-            separator=form.separator,
-            quote_char='"' if form.separator == "," else None,
-            has_header=False,
-            skip_rows=int(form.is_header),
-            raise_if_empty=False,
-        )
+        quote = '"' if form.separator == "," else None
+        return _read_csv(content, form, dtypes, quote, int(form.is_header))
     except polars.exceptions.PolarsError as error:
         columns = ", ".join(forms[name].columns)
         raise ValueError(f"{label}: not a table of {columns}: {_first_line(error)}") from None
@@ -1429,33 +1429,31 @@ def features(
     matrices, transposes = [], []
     for name, about, other in (("user", users, "item"), ("item", items, "user")):
         row, n_rows = f"{name}_row", len(index[name])
-        blocks, n_features = [], 0
+        every, blocks = polars.int_range(n_rows, eager=True), []  # and how many features there are
         if "id" in kinds:
-            every = polars.int_range(n_rows, eager=True)
-            blocks.append(_entries(every, every, 1.0))
-            n_features = n_rows
+            blocks.append((every, every, 1.0, n_rows))
         if "implicit" in kinds:
             value = (1 / polars.len().over(row).sqrt()).alias("value")
-            rated = pairs.select(polars.col(row), f"{other}_row", value)
-            blocks.append(_entries(*rated, offset=n_features))
-            n_features += len(index[other])
+            blocks.append((*pairs.select(row, f"{other}_row", value), len(index[other])))
         if "side" in kinds and about is not None:
             told = describe(about, name).join(index[name], name)
-            blocks.append(_entries(told[row], told["feature"], told["value"], offset=n_features))
-            n_features += (told["feature"].max() if len(told) else -1) + 1
+            n_told = told["feature"].max() + 1 if len(told) else 0
+            blocks.append((told[row], told["feature"], told["value"], n_told))
         if "time" in kinds and name == "user":
-            every = polars.int_range(len(TIME_SCALES), eager=True)
-            blocks.append(_entries(every + n_rows, every, 1.0, offset=n_features))
-            n_rows, n_features = n_rows + len(every), n_features + len(every)
+            scales = polars.int_range(len(TIME_SCALES), eager=True)
+            blocks.append((scales + n_rows, scales, 1.0, len(scales)))
+            n_rows += len(scales)
+        *offsets, n_features = accumulate((n for *_, n in blocks), initial=0)
         if not n_features:
             raise ValueError(f"the features {','.join(kinds)} say nothing of the {name}s")
-        entries = polars.concat(blocks)
+        entries = polars.concat(map(_entries, blocks, offsets))
         matrices.append(_sparse(entries, "row", "feature", n_rows))
         transposes.append(_sparse(entries, "feature", "row", n_features))
     return (*matrices, *transposes)
 
 
-def _entries(rows, columns, values, *, offset=0) -> polars.DataFrame:
+def _entries(block: tuple, offset: int) -> polars.DataFrame:
+    rows, columns, values, _ = block
     frame = polars.DataFrame({"row": rows, "feature": columns}).with_columns(value=values)
     return frame.select(
         polars.col("row").cast(polars.Int64),
