@@ -1133,12 +1133,21 @@ def _read_movielens(path: Path, forms: Mapping[str, _Form]) -> polars.DataFrame 
             content = _to_utf8(content)
         content, form = _one_byte(content, forms[name])
         quote = '"' if form.separator == "," else None
-        return _read_csv(content, form, dtypes, quote, int(form.is_header))
+        table = _read_csv(content, form, dtypes, quote, int(form.is_header))
     except polars.exceptions.PolarsError as error:
         columns = ", ".join(forms[name].columns)
         raise ValueError(f"{label}: not a table of {columns}: {_first_line(error)}") from None
     except ValueError as error:
         raise ValueError(f"{label}: not item|title|date|video|URL|flags: {error}") from None
+    _check_unique(label, table[table.columns[0]])
+    return table
+
+
+def _check_unique(label: str, ids: polars.Series) -> None:
+    if ids.null_count():
+        raise ValueError(f"{label}: a value is missing ({ids.name})")
+    if (is_twice := ids.is_duplicated()).any():
+        raise ValueError(f"{label}: the {ids.name} {ids.filter(is_twice)[0]!r} is there twice")
 
 
 def _read_own(path: Path, kind: _Kind, column: str | None) -> polars.DataFrame:
@@ -1158,8 +1167,7 @@ def _read_own(path: Path, kind: _Kind, column: str | None) -> polars.DataFrame:
         frames.append(raw)
     raw = polars.concat(frames)
     ids = _to_ids(raw[key])
-    if (is_twice := ids.is_duplicated()).any():
-        raise ValueError(f"{path}: the {key} {ids.filter(is_twice)[0]!r} is there twice")
+    _check_unique(str(path), ids)
     is_typed = where == f"{path}, row"
     told = {name: _to_side(path, raw[name], is_typed) for name in raw.columns if name != key}
     if "title" in set(kind.others) & set(told):

@@ -210,6 +210,11 @@ BESIDE = {
     "items missing": beside({}, "--items i.csv", "i.csv: No such file"),
     "items empty": beside({"i.csv": ""}, "--items i.csv", "i.csv: no items"),
     "items of a folder": beside({"d": Path.mkdir}, "--items d", "d: no "),
+    "film twice": beside(
+        {"movies.csv": "movieId,title,genres\n1,x,A\n1,y,B\n"},
+        "--items movies.csv",
+        "movies.csv: the item 1 ",
+    ),
     "save to a folder": beside({"d": Path.mkdir}, "--save d", "d cannot be written"),
     "save to no folder": beside({}, "--save d/m.pt", "d/m.pt cannot be written"),
     "save and checkpoint": beside({}, "--save x --checkpoint ./x", "both x", status=2),
