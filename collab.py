@@ -89,8 +89,9 @@ RECIPES = {
 
 ML_100K_ROWS = 943 + 1_682  # users and items, for which the recipes' decays are
 MOST_LEVELS = 100  # distinct ratings that loss ordinal takes; it has a bias for each
+PRIOR_WIDTH = 4.0  # of a new user's row, by `tests/fold_in.py --validate`
 LARGEST = 3e38  # of float32's numbers
-ROWS_AT_ONCE = 1 << 24  # predictions held in memory when all items are ranked
+SCORES_AT_ONCE = 1 << 24  # predictions held in memory when all items are ranked
 
 
 class Data(NamedTuple):
@@ -337,23 +338,24 @@ def fit_members(job):
     """Train the ensemble's models side by side; yields a tuple of their `train.Epoch`s."""
     import torch
 
-    import model
-
     head = make_head(*job.head)
 
     def member(number):
         # torch's generator takes 32 bits; this spreads the members over them, the first at `seed`.
         generator = torch.Generator().manual_seed((job.seed + number * 0x9E3779B1) % 2**32)
-        params = model.init_params(
-            *job.sizes,
-            n_factors=job.options["n_factors"],
-            n_outputs=head.n_outputs,
-            generator=generator,
-        )
+        params = init_member(job, head, generator)
         resume = job.resume and (job.resume[0], job.resume[1][number])
         return train_params(params, job, head=head, generator=generator, resume=resume)
 
     return zip(*map(member, range(job.options["ensemble"])), strict=True)
+
+
+def init_member(job, head, generator):
+    """The `model.Params` that a member of the ensemble begins with."""
+    import model
+
+    sizes = {"n_factors": job.options["n_factors"], "n_outputs": head.n_outputs}
+    return model.init_params(*job.sizes, **sizes, generator=generator)
 
 
 def train_params(params, job, *, head, generator, resume=None):
@@ -455,7 +457,8 @@ def predict_rows(members, *rows, head):
     The deviation says how much the models of the ensemble disagree; it is 0 for a single one.
     """
     predictions = predict_each(members, *rows, head=head)
-    return predictions.mean(0), predictions.std(0, correction=0)
+    mean = predictions.mean(0)
+    return mean, (predictions - mean).square().mean(0).sqrt()
 
 
 def predict_each(members, *rows, head):
@@ -788,9 +791,9 @@ def check_types(content):
 
     def are_ids(raw_ids):
         kinds = set(map(type, raw_ids))
-        is_rising = all(first < second for first, second in pairwise(raw_ids))
+        is_sorted = all(first < second for first, second in pairwise(raw_ids))
         is_small = kinds == {str} or -(2**63) <= raw_ids[0] <= raw_ids[-1] < 2**63
-        return type(raw_ids) is list and kinds in ({int}, {str}) and is_rising and is_small
+        return type(raw_ids) is list and kinds in ({int}, {str}) and is_sorted and is_small
 
     figures, rated, test = content["figures"], content["rated"], content["test"]
     titles, texts = content["titles"], (content["titles"], content["user_ids"], content["item_ids"])
@@ -1105,7 +1108,7 @@ def rank(saved, users, items, ratings, *, k, min_rating=None):
         seen=saved.rated[:2],
         n_items=n_items,
         k=k,
-        block=ROWS_AT_ONCE // make_head(*saved.head).n_outputs,
+        block=SCORES_AT_ONCE // make_head(*saved.head).n_outputs,
     )._asdict()
 
 
@@ -1197,7 +1200,7 @@ def recommend_all(saved, *, n=10, include_seen=False, block=None):
     item_ids = polars.Series(saved.item_ids)
     titles = saved.titles and polars.Series(saved.titles)
     n_items = len(item_ids)
-    block = block or max(ROWS_AT_ONCE // n_items // make_head(*saved.head).n_outputs, 1)
+    block = block or max(SCORES_AT_ONCE // n_items // make_head(*saved.head).n_outputs, 1)
     n = min(n, n_items)
     for first in range(0, len(saved.user_ids), block):
         users = torch.arange(first, min(first + block, len(saved.user_ids)))
@@ -1221,11 +1224,12 @@ def recommend_all(saved, *, n=10, include_seen=False, block=None):
         yield frame.filter(polars.Series((values > -math.inf).reshape(-1).numpy()))
 
 
-def fold_in(saved, items, ratings, times=None):
+def fold_in(saved, items, ratings, times=None, *, width=PRIOR_WIDTH):
     """Tables as `Model.tables` with one user: who gave `ratings` (N,) to the items of rows (N,).
 
-    By `model.fold_in`; where the model has implicit features, the items rated tell of the user
-    through these too, and the prior is about the rest. ValueError for a rating out of range.
+    By `model.fold_in`; `width` is that of `model.find_prior`. Where the model has implicit
+    features, the items rated tell of the user through these too, and the prior is about the rest.
+    ValueError for a rating out of range.
     """
     import torch
 
@@ -1257,7 +1261,7 @@ def fold_in(saved, items, ratings, times=None):
                 [table[first + items].reshape(len(items), -1) for table in params[::2]], 1
             )
             told = told.double().sum(0) / max(len(items), 1) ** 0.5
-        prior = model.find_prior(factors[is_trained], bias[is_trained])
+        prior = model.find_prior(factors[is_trained], bias[is_trained], width=width)
         item_bias = tables.item_bias[items]
         if context is not None:  # of each rating's moment; it adds to the user's row
             n_context = context.shape[1]
@@ -1280,6 +1284,14 @@ def fold_in(saved, items, ratings, times=None):
     return folded
 
 
+class Similar(NamedTuple):
+    """An item by its raw id, its title, and the cosine of its factors with those asked for."""
+
+    item: int | str
+    title: str
+    similarity: float
+
+
 def find_similar(saved, item, *, n=10):
     """The `n` items most like one, by the cosine of their factors: a list of `Similar`.
 
@@ -1299,14 +1311,6 @@ def find_similar(saved, item, *, n=10):
         for row, value in zip(rows.tolist(), values.tolist(), strict=True)
         if value > -math.inf
     ]
-
-
-class Similar(NamedTuple):
-    """An item by its raw id, its title, and the cosine of its factors with those asked for."""
-
-    item: int | str
-    title: str
-    similarity: float
 
 
 class Liking(NamedTuple):
@@ -1363,20 +1367,15 @@ def find_lr(training, *, n_steps=100, lr_min=1e-7, lr_max=10.0):
     """
     import torch
 
-    import model
     import schedule
     import train
 
     seed = training.figures["seed"]
     job = make_job(training.task, options=training.options, seed=seed)
     head, generator = make_head(*job.head), torch.Generator().manual_seed(seed)
-    n_factors = job.options["n_factors"]
-    params = model.init_params(
-        *job.sizes, n_factors=n_factors, n_outputs=head.n_outputs, generator=generator
-    )
     pace = schedule.exponential(n_steps, lr_min=lr_min, lr_max=lr_max)
     losses = train.find_lr(
-        params,
+        init_member(job, head, generator),
         *job.columns,
         n_steps=n_steps,
         batch_size=min(job.options["batch_size"], job.n_rows),
@@ -1388,12 +1387,12 @@ def find_lr(training, *, n_steps=100, lr_min=1e-7, lr_max=10.0):
     return {"lrs": lrs, "losses": losses, **suggested._asdict()}
 
 
-def save_checkpoint(path, training, epochs, rows, arguments):
+def save_checkpoint(path, fingerprint, epochs, rows, arguments):
     """Write what `resume` goes on from: each member's state after the last of `rows`."""
     content = {
         "format": CHECKPOINT,
         "arguments": arguments,
-        "fingerprint": find_fingerprint(training),
+        "fingerprint": fingerprint,
         "rows": rows,
         "params": [tuple(map(clone, epoch.params)) for epoch in epochs],
         "states": [epoch.state for epoch in epochs],
@@ -1907,18 +1906,15 @@ def check_usage(recipe, given, where, paths=(), *, split=None, test=None, holdou
     "--resume", type=FILE, help="Go on from this checkpoint, and keep it up unless --checkpoint."
 )
 @click.pass_context
-def train_command(context, threads, save_to, metrics, checkpoint, resume, **options):
+def train_command(context, threads, save_to, metrics, checkpoint, resume, **_told):
     """Train a model, printing its error on the test part after each epoch.
 
     Under torchrun each process has a share of the ratings, and the result is that of one.
     """
     point, told = None, context.params
     if resume is not None:
-        point = load_checkpoint(resume)
-        told, checkpoint = (
-            restore_options(context, point["arguments"], resume),
-            checkpoint or resume,
-        )
+        point, checkpoint = load_checkpoint(resume), checkpoint or resume
+        told = restore_options(context, point["arguments"], resume)
     where, given = ({n: told[n] for n in names} for names in (DATA_OPTIONS, RECIPE_OPTIONS))
     parts = {name: told[name] for name in ("split", "holdout", "test")}
     check_usage(told["recipe"], given, where, (save_to, metrics, checkpoint), **parts)
@@ -1940,12 +1936,13 @@ def train_command(context, threads, save_to, metrics, checkpoint, resume, **opti
     load_seconds = time.perf_counter() - started
     if unseen := describe_unseen(training.task):
         _notice(unseen)
-    rows, go_on, members = [], None, []
+    rows, members, go_on = [], [], None
+    fingerprint = checkpoint and find_fingerprint(training)
     if point is not None:
-        is_same = point["fingerprint"] == find_fingerprint(training)
-        if not is_same or len(point["states"]) != training.options["ensemble"]:
+        n_members = training.options["ensemble"]
+        if (point["fingerprint"], len(point["states"])) != (fingerprint, n_members):
             raise ValueError(f"{resume}: the data is not that which it was trained on")
-        rows, go_on, members = point["rows"], (len(point["rows"]), point["states"]), point["params"]
+        rows, members, go_on = point["rows"], point["params"], (len(point["rows"]), point["states"])
         _notice(f"{resume}: going on after epoch {len(rows)} of {training.options['epochs']}")
     tested = "test" if told["holdout"] is None else "held"
     click.echo(f"epoch | train_loss | {tested}_mse | {tested}_rmse | {tested}_mae |    time")
@@ -1955,7 +1952,7 @@ def train_command(context, threads, save_to, metrics, checkpoint, resume, **opti
         rows.append(row)
         members = [epoch.params for epoch in done]
         if checkpoint is not None:
-            save_checkpoint(checkpoint, training, done, rows, keep_options(told))
+            save_checkpoint(checkpoint, fingerprint, done, rows, keep_options(told))
     figures = conclude(training, rows) | {"load_seconds": load_seconds}
     if n_processes > 1:
         figures["processes"] = n_processes

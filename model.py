@@ -351,18 +351,16 @@ class Prior(NamedTuple):
     variance: Tensor  # (K + Q,)
 
 
-PRIOR_WIDTH = 4.0  # trained rows are shrunk; found on validation parts of ml-100k
-
-
-def find_prior(factors: Tensor, bias: Tensor) -> Prior:
+def find_prior(factors: Tensor, bias: Tensor, *, width: float) -> Prior:
     """The `Prior` that the rows of trained users show: `factors` (n, K), `bias` (n,) or (n, Q).
 
-    Their mean; as variance `PRIOR_WIDTH` times theirs, one for all factors and one for each bias.
+    Their mean; as variance `width` times theirs, one for all factors and one for each bias. A width
+    above 1 is for that trained rows are shrunk themselves.
     """
     rows = torch.cat([factors, bias.reshape(len(bias), -1)], 1).double()
     variance = rows.var(0, correction=0)
     variance[: factors.shape[1]] = variance[: factors.shape[1]].mean()
-    return Prior(rows.mean(0), variance * PRIOR_WIDTH + 1e-12)
+    return Prior(rows.mean(0), variance * width + 1e-12)
 
 
 def fold_in(
@@ -385,7 +383,8 @@ def fold_in(
     for `bounded`, such as its loss in training, and 1 for `ordinal`. Were the predictions linear in
     x, as they nearly are, this would be a ridge problem: K + Q equations. These are solved exactly
     with the slope at the current x, until x stands still (Newton's method with the expected
-    curvature, its step halved while the sum rises). No rating: the prior's mean.
+    curvature, its step halved while the sum rises), for 50 steps at most. For `bounded`, of which
+    the sum may have several minima, it is one of these. No rating: the prior's mean.
     Source: the user's half of alternating least squares, Zhou et al. 2008, "Large-scale parallel
     collaborative filtering for the Netflix prize", section 3, with a prior from the other users.
     """
@@ -408,11 +407,7 @@ def fold_in(
         nll, dz, curvature = head.newton(find_z(x), ratings)
         dz, curvature = (t.reshape(len(q), -1) / noise for t in (dz, curvature))
         slope = torch.cat([q.T @ dz.sum(1), dz.sum(0)]) + precision * (x - prior.mean)
-        ridge = torch.diag(precision)
-        ridge[:n_factors, :n_factors] += (q * curvature.sum(1, keepdim=True)).T @ q
-        ridge[:n_factors, n_factors:] += q.T @ curvature
-        ridge[n_factors:, :n_factors] += curvature.T @ q
-        ridge[n_factors:, n_factors:] += torch.diag(curvature.sum(0))
+        ridge = torch.diag(precision) + _sum_curvature(q, curvature)
         step, before = torch.linalg.solve(ridge, slope), nll / noise + penalty(x)
         while step.abs().max() > 1e-9:
             if head.newton(find_z(x - step), ratings)[0] / noise + penalty(x - step) <= before:
@@ -422,6 +417,15 @@ def fold_in(
         if step.abs().max() < 1e-6:
             break
     return _split_row(x, n_factors, head, item_factors.dtype)
+
+
+def _sum_curvature(q: Tensor, curvature: Tensor) -> Tensor:
+    """sum_i sum_q c_iq j_iq j_iq^T, j_iq = (q_i, e_q): (K + Q, K + Q) of (N, K) and (N, Q)."""
+    mixed = q.T @ curvature
+    of_factors = (q * curvature.sum(1, keepdim=True)).T @ q
+    return torch.cat(
+        [torch.cat([of_factors, mixed], 1), torch.cat([mixed.T, curvature.sum(0).diag()], 1)]
+    )
 
 
 def _split_row(row: Tensor, n_factors: int, head: Head, dtype: torch.dtype) -> tuple:

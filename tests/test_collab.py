@@ -1166,6 +1166,13 @@ def test_the_librarys_errors_are_its_own(plain, arguments, message):
         collab.recommend(plain, **arguments)
 
 
+def test_no_pairs_are_no_predictions(plain):
+    mean, deviation = collab.predict(plain, [], [])
+    assert mean.shape == deviation.shape == (0,)
+    with pytest.raises(ValueError, match="1 users and 2 items are no pairs"):
+        collab.predict(plain, [22], [50, 51])
+
+
 def test_misspelt_settings_are_refused(found):
     with pytest.raises(ValueError, match=r"no option \['n_factor'\]"):
         collab.set_up(found, n_factor=8)

@@ -117,11 +117,9 @@ def test_evaluate(trained):
     assert 0 < found["precision"] <= found["hit_rate"] < 1
 
 
-def test_evaluate_other_ratings(trained):
+def test_evaluate_other_ratings(trained, ml_100k):
     """The table that it was trained on, if one insists: the figures of the library."""
-    if trained.name == "ml-100k":
-        pytest.skip("its ratings are in no file of the user's")
-    path = trained.folder / trained.source[1]
+    path = trained.folder / trained.source[1] if trained.source else ml_100k / "u.data"
     arguments = ("--ratings", path, *trained.columns, "--allow-overlap")
     found = trained.ask("evaluate", *arguments)
     columns = dict(

@@ -304,7 +304,7 @@ def rated(head, n=12, seed=0):
     bias = torch.randn(n, *outputs, generator=generator, dtype=torch.float64)
     ratings = torch.randint(1, 6, (n,), generator=generator).double()
     rows = torch.randn(7, 3 + head.n_outputs, generator=generator, dtype=torch.float64)
-    return q, bias, ratings, model.find_prior(rows[:, :3], rows[:, 3:].squeeze(1))
+    return q, bias, ratings, model.find_prior(rows[:, :3], rows[:, 3:].squeeze(1), width=4.0)
 
 
 @pytest.mark.parametrize(("head", "noise"), [(HEAD, 0.6), (HEAD, 3.0), (ORDINAL, 1.0)])
@@ -344,10 +344,9 @@ def test_a_user_without_ratings_is_the_average_one(head):
 
 def test_the_prior_by_hand():
     factors, bias = torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([1.0, -1.0])
-    prior = model.find_prior(factors, bias)
+    prior = model.find_prior(factors, bias, width=3.0)
     assert prior.mean.tolist() == [2, 0, 0]
-    wide = model.PRIOR_WIDTH
-    assert prior.variance.tolist() == pytest.approx([wide * 0.5, wide * 0.5, wide * 1.0])
+    assert prior.variance.tolist() == pytest.approx([1.5, 1.5, 3.0])
 
 
 def test_similar_is_the_mean_cosine():
