@@ -959,7 +959,8 @@ def _convert(
     for name in (name for name in NAMES if name in raw.columns):
         column = raw[name]
         if name in ("user", "item"):
-            is_good = column.is_not_null() if column.dtype.is_integer() else column != ""
+            is_text_id = column.dtype in TEXT
+            is_good = column.cast(polars.String) != "" if is_text_id else column.is_not_null()
             column = column.cast(polars.String) if is_text else _to_ids(column)
         else:
             if column.dtype == polars.String:
