@@ -817,7 +817,7 @@ def _read_csv(
     form: _Form,
     dtypes: dict,
     quote: str | None = None,
-    n_skipped: int = 0,
+    is_header: bool = False,
 ) -> polars.DataFrame:
     names = {name or f"\0{place}": name for place, name in enumerate(form.columns)}
     return polars.read_csv(
@@ -826,7 +826,7 @@ def _read_csv(
         separator=form.separator,
         quote_char=quote,
         has_header=False,
-        skip_rows=n_skipped,
+        skip_rows=int(is_header),
         raise_if_empty=False,
     )
 
@@ -840,15 +840,15 @@ def _read_whole(
         return None
     # Opened again, for polars moves the position; by path, it would take a * as a pattern.
     with open(file.name, "rb") as whole:
-        return _read_numbers(whole, form, bounds, int(form.is_header))
+        return _read_numbers(whole, form, bounds, form.is_header)
 
 
 def _read_numbers(
-    source: IO[bytes], form: _Form, bounds: Range, n_skipped: int = 0
+    source: IO[bytes], form: _Form, bounds: Range, is_header: bool = False
 ) -> polars.DataFrame | None:
     """Ratings by integers; None for any others, or where something is wrong or missing."""
     try:
-        numbers = _read_csv(source, form, NUMBERS, n_skipped=n_skipped)
+        numbers = _read_csv(source, form, NUMBERS, is_header=is_header)
         numbers = numbers.select(_choose(form.columns))
         if not len(numbers) or sum(numbers.null_count().row(0)):  # as of a field too few
             return None
@@ -856,6 +856,8 @@ def _read_numbers(
     except (polars.exceptions.PolarsError, ValueError):
         return None
     source.seek(0)
+    if is_header:  # which may have blanks
+        source.readline()
     return ratings if _is_canonical(source, form.separator) else None
 
 
@@ -865,7 +867,7 @@ def _is_canonical(file: IO[bytes], separator: str) -> bool:
     rare = (b"-0", b"\r" + separator.encode())  # two bytes are sought slowly
     tail = b"\n"
     while chunk := file.read(1 << 17):  # bytes, that stay in the processor's cache
-        chunk = tail + chunk
+        chunk = tail + chunk.removeprefix(b"\xef\xbb\xbf")
         if any(mark in chunk for mark in blanks):
             return False
         if any(mark[:1] in chunk and mark in chunk for mark in rare):
@@ -1134,7 +1136,7 @@ def _read_movielens(path: Path, forms: Mapping[str, _Form]) -> polars.DataFrame 
             content = _to_utf8(content)
         content, form = _one_byte(content, forms[name])
         quote = '"' if form.separator == "," else None
-        table = _read_csv(content, form, dtypes, quote, int(form.is_header))
+        table = _read_csv(content, form, dtypes, quote, form.is_header)
     except polars.exceptions.PolarsError as error:
         columns = ", ".join(forms[name].columns)
         raise ValueError(f"{label}: not a table of {columns}: {_first_line(error)}") from None

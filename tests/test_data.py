@@ -508,6 +508,7 @@ def test_a_broken_file_is_a_frame_or_one_line(tmp_path, name):
         ("2024,item,rating\na,b,1\n", {"user": "2024"}, ["a", "b"]),
         ("007,é ,1\n", None, ["007", "é "]),
         ("\ufeff007,b,1\n", None, ["007", "b"]),
+        ("\ufeff007,8,1\n", None, ["007", 8]),
         ('a::b|"c::1\n', None, ["a", 'b|"c']),
         ("+1, 1,1\n", None, ["+1", " 1"]),
         ("-0,1.0,1\n", None, ["-0", "1.0"]),
