@@ -384,9 +384,10 @@ def measure_scale(sizes, kept, folder, venvs, repeats):
         click.echo(line.format(statistics.mean(epochs), **trained))
         figures[size] = {
             "train": trained,
+            # Before this process holds much: a child's peak begins with its parent's.
+            "recommend": recommend_child(path, folder, options),
             "loading": compare_loading(path, venvs, repeats),
             "steps": compare_steps(path, 2, repeats),
-            "recommend": recommend_child(path, folder, options),
         }
         dense = statistics.median(figures[size]["steps"]["a step, dense, by hand"])
         n_steps = -(-trained["n_train"] // LARGE_BATCH)

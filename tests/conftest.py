@@ -15,6 +15,7 @@ import data
 settings.register_profile("any-machine", deadline=None, max_examples=50)
 settings.load_profile("any-machine")
 torch.set_num_threads(1)  # as the command line; two only get in each other's way here
+os.environ["OMP_NUM_THREADS"] = "1"  # the same for processes that a test starts
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -1206,3 +1206,17 @@ def test_a_file_of_a_new_users_ratings_has_ids_not_titles(main, tmp_path):
     assert done.stderr == "rated: 2001: A Space Odyssey (1968)\n"
     unknown = main("predict", "m.pt", "--user", "x", "--item", "star wars", "--allow-unknown")
     assert unknown.stdout.endswith(" by x for Star Wars (1977)\n")
+
+
+@pytest.mark.usefixtures("ml_100k")
+def test_the_library_trains_as_the_command_line_does(found, main, tmp_path):
+    torch.set_num_threads(2)
+    saved = collab.train_model(found, epochs=2, seed=5)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    assert main("train", "--epochs", 2, "--seed", 5, "--save", "m.pt").returncode == 0
+    theirs = collab.load_model(tmp_path / "m.pt")
+    assert are_equal(saved.params, theirs.params)
+    for name, value in saved.figures.items():
+        if name not in ("epochs", "fit_seconds", "evaluate_seconds", "options"):
+            assert theirs.figures[name] == value
