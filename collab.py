@@ -493,10 +493,10 @@ def describe_unseen(task):
 
 def choose_options(recipe, given):
     """The recipe's options with those given over them. ValueError where they do not go together."""
-    if recipe not in RECIPES or (unknown := sorted(set(given) - set(RECIPES[recipe]))):
-        raise ValueError(
-            f"no recipe {recipe!r}" if recipe not in RECIPES else f"no option {unknown}"
-        )
+    if recipe not in RECIPES:
+        raise ValueError(f"no recipe {recipe!r}")
+    if unknown := sorted(set(given) - set(RECIPES[recipe])):
+        raise ValueError(f"no option {unknown}")
     options = RECIPES[recipe] | {name: value for name, value in given.items() if value is not None}
     if options["loss"] not in LOSSES:
         raise ValueError(f"no loss {options['loss']!r}: it is {' or '.join(LOSSES)}")
@@ -970,10 +970,16 @@ def find_rows(saved, pairs, *, source, allow_unknown=False):
 
 
 def add_average(saved):
-    """`Model.tables` with the average user and item behind the others, for unknown ids."""
+    """The `Model` with the average user and item behind the others' rows, for unknown ids."""
     import model
 
-    return [model.append_average(tables, *saved.seen) for tables in saved.tables]
+    tables = [model.append_average(each, *saved.seen) for each in saved.tables]
+    return saved._replace(tables=tables)
+
+
+def find_times(frame):
+    """The timestamps of a frame of ratings or pairs, None if it has none."""
+    return frame["timestamp"].to_torch() if "timestamp" in frame.columns else None
 
 
 def find_context(saved, users, items, times):
@@ -1043,25 +1049,27 @@ def predict(saved, users, items, *, allow_unknown=False):
     if len(users) != len(items):
         raise ValueError(f"{len(users)} users and {len(items)} items are no pairs")
     pairs = polars.DataFrame({"user": users, "item": items})
-    return predict_frame(saved, pairs, source="predict", allow_unknown=allow_unknown)
+    ((_, *predicted),) = predict_frames(saved, [pairs], "predict", allow_unknown=allow_unknown)
+    return tuple(predicted)
 
 
-def predict_frame(saved, pairs, *, source, allow_unknown=False):
-    """`predict` of a frame of user, item and maybe timestamp, which the feature time reads."""
-    rows = find_rows(saved, pairs, source=source, allow_unknown=allow_unknown)
-    times = pairs["timestamp"].to_torch() if "timestamp" in pairs.columns else None
-    tables = add_average(saved) if allow_unknown else saved.tables
-    context = find_context(saved, *rows, times)
-    mean, deviation = predict_rows(tables, *rows, *context, head=make_head(*saved.head))
-    return mean.clamp(*saved.clip), deviation
+def predict_frames(saved, frames, source, *, allow_unknown):
+    """Each frame of user, item and maybe timestamp, which the feature time reads, and `predict`."""
+    saved, head = add_average(saved) if allow_unknown else saved, make_head(*saved.head)
+    for pairs in frames:
+        rows = find_rows(saved, pairs, source=source, allow_unknown=allow_unknown)
+        context = find_context(saved, *rows, find_times(pairs))
+        mean, deviation = predict_rows(saved.tables, *rows, *context, head=head)
+        yield pairs, mean.clamp(*saved.clip), deviation
 
 
 def predict_pairs(saved, frames, *, source, allow_unknown=False):
     """For each frame of `data.read_pairs` one of user, item, rating[, deviation], raw ids."""
     import polars
 
-    for pairs in frames:
-        mean, deviation = predict_frame(saved, pairs, source=source, allow_unknown=allow_unknown)
+    for pairs, mean, deviation in predict_frames(
+        saved, frames, source, allow_unknown=allow_unknown
+    ):
         columns = {"rating": mean.numpy(), "deviation": deviation.numpy()}
         if len(saved.tables) == 1:
             del columns["deviation"]
@@ -1081,15 +1089,15 @@ def evaluate(saved, ratings=None, *, source="ratings", k=None, min_rating=None, 
     import train
 
     if ratings is None:
-        rows, targets, context, tables = saved.test[:2], saved.test[2], saved.test[3:], saved.tables
+        rows, targets, context = saved.test[:2], saved.test[2], saved.test[3:]
     else:
         allow_unknown = allowed.get("allow_unknown", False)
         rows = find_rows(saved, ratings, source=source, allow_unknown=allow_unknown)
         if not allowed.get("allow_overlap", False):
             check_overlap(saved, *rows, source=source)
-        times = ratings["timestamp"].to_torch() if "timestamp" in ratings.columns else None
-        targets, context = ratings["rating"].to_torch(), find_context(saved, *rows, times)
-        tables = add_average(saved) if allow_unknown else saved.tables
+        targets = ratings["rating"].to_torch()
+        context = find_context(saved, *rows, find_times(ratings))
+    tables = add_average(saved).tables if allowed.get("allow_unknown", False) else saved.tables
     head = make_head(*saved.head)
     errors = train.evaluate(
         lambda *rows: predict_rows(tables, *rows, head=head)[0],
@@ -1179,12 +1187,16 @@ def recommend(saved, user=None, *, rated=None, n=10, include_seen=False):
         scores = score(saved.tables, torch.tensor([row]), saved.head)[0]
     if not include_seen:
         scores[rows] = -math.inf
+    return list_top(saved, scores, n, Recommendation, clip=saved.clip)
+
+
+def list_top(saved, scores, n, form, *, clip=(-math.inf, math.inf)):
+    """The `n` items of the highest of `scores` (n_items,), as `form`; -inf is none of them."""
     values, rows = scores.topk(min(n, len(scores)))
-    return [
-        Recommendation(saved.item_ids[row], find_title(saved, row), value)
-        for row, value in zip(rows.tolist(), values.clamp(*saved.clip).tolist(), strict=True)
-        if scores[row] > -math.inf
-    ]
+    is_kept = values > -math.inf
+    values, rows = values[is_kept].clamp(*clip).tolist(), rows[is_kept].tolist()
+    pairs = zip(rows, values, strict=True)
+    return [form(saved.item_ids[row], find_title(saved, row), value) for row, value in pairs]
 
 
 def to_rated(saved, rated):
@@ -1319,12 +1331,7 @@ def find_similar(saved, item, *, n=10):
     cosines = model.find_similar([tables.item_factors for tables in saved.tables], row)
     cosines[row] = -math.inf
     cosines[count_ratings(saved) == 0] = -math.inf
-    values, rows = cosines.topk(min(n, len(cosines)))
-    return [
-        Similar(saved.item_ids[row], find_title(saved, row), value)
-        for row, value in zip(rows.tolist(), values.tolist(), strict=True)
-        if value > -math.inf
-    ]
+    return list_top(saved, cosines, n, Similar)
 
 
 class Liking(NamedTuple):
@@ -1706,6 +1713,7 @@ def cli():
 
 FILE = click.Path(path_type=Path)
 POSITIVE = click.FloatRange(0, 1e30, min_open=True)  # of float32
+INTERVAL = {"nargs": 2, "type": float, "callback": _interval, "metavar": "LOW HIGH"}
 COLUMN_OPTIONS = {
     f"{name}_column": click.option(
         f"--{name}-column", metavar="NAME", help=f"The {name} column's name in the files' headers."
@@ -1727,10 +1735,7 @@ DATA_OPTIONS = {
     **COLUMN_OPTIONS,
     "rating_range": click.option(
         "--rating-range",
-        nargs=2,
-        type=float,
-        callback=_interval,
-        metavar="LOW HIGH",
+        **INTERVAL,
         help="Of the scale; a rating outside is an error.  [default: that of the ratings]",
     ),
     "allow_similar_ids": click.option(
@@ -1750,10 +1755,7 @@ RECIPE_OPTIONS = {
     "loss": click.option("--loss", type=click.Choice(LOSSES), help="What is differentiated."),
     "y_range": click.option(
         "--y-range",
-        nargs=2,
-        type=float,
-        callback=_interval,
-        metavar="LOW HIGH",
+        **INTERVAL,
         help="Bounds of a prediction, of the sigmoid that makes it (loss mse).",
     ),
     "n_factors": click.option("--n-factors", type=click.IntRange(1, 2**16), help="Latent size."),

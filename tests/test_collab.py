@@ -965,7 +965,7 @@ def test_what_a_new_user_rated_tells_by_all_that_the_model_has(timed):
 
     folded = collab.fold_in(timed, rows, ratings, times)
     context = collab.find_new_context(timed, rows, ratings, times)
-    average = collab.add_average(timed)
+    average = collab.add_average(timed).tables
     assert [len(tables.user_bias) for tables in folded] == [1 + 4] * 2
     assert error(folded, 0, context) < error(timed.tables, row, context) + 0.1
     assert error(folded, 0, context) < error(average, len(timed.user_ids)) - 0.2
