@@ -40,12 +40,15 @@ LOSSES = ("mse", "ordinal")
 SPLITS = ("ua", "ub", "u1", "u2", "u3", "u4", "u5", "random")
 
 # fastai: fastai v1's lesson, matched in every detail. default and best: chosen by tests/tune.py on
-# validation parts of the training part.
+# validation parts of the training part of ml-100k; with fits_data, `fit_recipe` makes of these
+# values those for other data.
 RECIPES = {
     "fastai": {
+        "fits_data": False,
         "features": ("id",),
         "loss": "mse",
         "y_range": (0.0, 5.5),
+        "std": 0.01,
         "n_factors": 40,
         "dropout": 0.0,
         "ensemble": 1,
@@ -57,23 +60,27 @@ RECIPES = {
         "bias_decay": 0.1,
     },
     "default": {
+        "fits_data": True,
         "features": ("id",),
         "loss": "mse",
         "y_range": (0.5, 5.5),
+        "std": 0.003,
         "n_factors": 40,
         "dropout": 0.0,
         "ensemble": 1,
-        "epochs": 5,
-        "batch_size": 512,
+        "epochs": 6,
+        "batch_size": 612,
         "drop_last": False,
         "lr_max": 0.01,
-        "weight_decay": 0.5,
-        "bias_decay": 0.01,
+        "weight_decay": 0.6,
+        "bias_decay": 0.3,
     },
     "best": {
+        "fits_data": True,
         "features": ("id", "implicit", "side", "time"),
         "loss": "ordinal",
         "y_range": None,
+        "std": 0.003,
         "n_factors": 32,
         "dropout": 0.1,
         "ensemble": 5,
@@ -81,13 +88,15 @@ RECIPES = {
         "batch_size": 1024,
         "drop_last": False,
         "lr_max": 0.015,
-        "weight_decay": 1.0,
-        "bias_decay": 0.2,
+        "weight_decay": 0.9,
+        "bias_decay": 0.3,
     },
 }
 
 
-ML_100K_ROWS = 943 + 1_682  # users and items, for which the recipes' decays are
+# Of ml-100k's split ua, which the recipes' values are for.
+UA_RATINGS, UA_ROWS = 90_570, 943 + 1_682  # training ratings; users and items
+LEAST_BATCH = 2
 MOST_LEVELS = 100  # distinct ratings that loss ordinal takes; it has a bias for each
 PRIOR_WIDTH = 4.0  # of a new user's row, by `tests/fold_in.py --validate`
 LARGEST = 3e38  # of float32's numbers
@@ -173,7 +182,9 @@ class Task(NamedTuple):
     test: tuple  # the same
     ids: tuple  # data.Ids
     seen: tuple  # bool masks of the users and of the items that training tells something of
+    averages: tuple  # model.Averages of the training ratings
     features: tuple | None  # model.Features; None for ids alone
+    sizes: tuple  # how many features users and items have; how many they are for ids alone
     times: object = None  # (N,) int64 timestamps of train; None without the feature time
 
 
@@ -185,17 +196,20 @@ def prepare(train, test, kinds, *, users=None, items=None, allow_overlap=False):
     part, test_part, ids = data.to_tensors(train, test, allow_overlap=allow_overlap)
     about = {"users": users, "items": items} if "side" in kinds else {}
     seen, features, times = data.find_seen(part, ids, **about), None, None
+    sizes = n_users, n_items = len(ids.users), len(ids.items)
+    averages = model.find_averages(*part, n_users=n_users, n_items=n_items)
     if tuple(kinds) != ("id",):
-        features = model.Features(*data.features(train, ids, kinds, **about))
+        *matrices, sizes = data.features(train, ids, kinds, **about)
+        features = model.Features(*matrices)
     if "time" in kinds:
         context, test_context = data.time_context(train, test)
         part, test_part = (*part, context), (*test_part, test_context)
         times = train["timestamp"].to_torch()
-    return Task(part, test_part, ids, seen, features, times)
+    return Task(part, test_part, ids, seen, averages, features, sizes, times)
 
 
-def choose_features(kinds, found, *, is_given):
-    """Those of `kinds` that the `Data` has; ValueError for another if `is_given` by the user."""
+def choose_features(kinds, found, *, is_given, notice):
+    """Those of `kinds` that the `Data` has. Another is a ValueError if `is_given` by the user."""
     lacks = {}
     if found.users is None and found.items is None:
         lacks["side"] = "tables of users or items"
@@ -205,18 +219,19 @@ def choose_features(kinds, found, *, is_given):
     for kind in kinds:
         if is_given and kind in lacks:
             raise ValueError(f"the feature {kind}: the data has no {lacks[kind]}")
+        if kind in lacks:
+            notice(f"without the feature {kind}: the data has no {lacks[kind]}")
     return tuple(kind for kind in kinds if kind not in lacks)
 
 
 def choose_head(ratings, options):
-    """Name and arguments of the `model.Head` for `options["loss"]` and the training `ratings`.
+    """Name and arguments of the `model.Head` for `options` and the training `ratings`.
 
-    ValueError when a rating lies outside `y_range`: no prediction could reach it; and when there
-    are too few or too many distinct ratings to be levels.
+    ValueError when there are too few or too many distinct ratings to be levels.
     """
     if options["loss"] == "ordinal":
         levels = ratings.unique()
-        if not 3 <= len(levels) <= MOST_LEVELS:
+        if not is_ordinal(levels):
             raise ValueError(
                 f"--loss ordinal needs 3 to {MOST_LEVELS} distinct ratings, "
                 f"the training part has {len(levels)}"
@@ -224,26 +239,43 @@ def choose_head(ratings, options):
         shares = [(ratings > level).double().mean().item() for level in levels[:-1]]
         return "ordinal", (levels.tolist(), shares)
     low, high = options["y_range"]
-    if ratings.min() < low or ratings.max() > high:
-        text = "ratings from {:g} to {:g} are not all within y_range {:g} to {:g}"
-        raise ValueError(text.format(ratings.min(), ratings.max(), low, high))
-    return "bounded", (low, high)
+    mean, unit = (low + high) / 2, 1.0
+    if options["fits_data"]:
+        mean, unit = find_moments(ratings)
+    return "bounded", (low, high, mean, unit)
+
+
+def is_ordinal(levels):
+    """Whether the distinct ratings `levels` can be those of loss ordinal, each with its bias."""
+    return 3 <= len(levels) <= MOST_LEVELS
+
+
+def find_moments(ratings):
+    """The mean of a tensor of ratings and their standard deviation."""
+    import torch
+
+    mean = ratings.mean(dtype=torch.float64).item()
+    return mean, (ratings - mean).norm().item() / len(ratings) ** 0.5
 
 
 def make_head(name, arguments):
     """The `model.Head` that `choose_head` has named."""
     import model
 
-    return {"bounded": model.bounded, "ordinal": model.ordinal}[name](*arguments)
+    if name == "ordinal":
+        return model.ordinal(*arguments)
+    low, high, mean, unit = arguments
+    return model.bounded(low, high, mean=mean, unit=unit)
 
 
 class Job(NamedTuple):
-    """What a process trains on; under torchrun a share of the columns, and the same rest."""
+    """What each process trains on."""
 
-    columns: tuple  # Task.train; in process r of R the rows r, r + R, r + 2R ... of it
-    n_rows: int  # of all processes
+    columns: tuple  # Task.train
     features: tuple | None  # Task.features
-    sizes: tuple  # rows of the two tables of params
+    sizes: tuple  # Task.sizes
+    n_users: int  # rows before those of the items in the table that the columns are rows of
+    averages: tuple | None  # that training starts at
     head: tuple  # what `choose_head` returns
     options: dict
     seed: int
@@ -253,57 +285,38 @@ class Job(NamedTuple):
 
 def make_job(task, *, options, seed, n_processes=1, resume=None):
     """The `Job` of training on all of the task's ratings with `options`, a recipe's dict."""
-    sizes = len(task.ids.users), len(task.ids.items)
-    if task.features is not None:
-        sizes = tuple(len(side[0]) - 1 for side in task.features[2:])
-    ratings = task.train[2]
-    head = choose_head(ratings, options)
-    columns, n_rows = task.train, len(ratings)
-    return Job(columns, n_rows, task.features, sizes, head, options, seed, n_processes, resume)
+    head, n_users = choose_head(task.train[2], options), count_user_rows(task.features, task.ids)
+    averages = task.averages if options["fits_data"] and "id" in options["features"] else None
+    rest = averages, head, options, seed, n_processes, resume
+    return Job(task.train, task.features, task.sizes, n_users, *rest)
 
 
-def deal_job(job):
-    """Give each process its part of process 0's `job`. The other processes pass None."""
-    import torch
-
-    import model
-    import train
-
-    rest = [job and job._replace(columns=None, features=None)]
-    train.call_together(torch.distributed.broadcast_object_list, rest)
-    columns = train.deal(job and job.columns, by_row=True)
-    features = job and [tensor for matrix in job.features or () for tensor in matrix]
-    if features := train.deal(features, by_row=False):
-        features = model.Features(*(tuple(features[i : i + 3]) for i in range(0, 12, 3)))
-    return rest[0]._replace(columns=columns, features=features or None)
+def count_user_rows(features, ids):
+    """Rows of users, and with the feature time of its scales, in the table that features make."""
+    return len(ids[0]) if features is None else len(features[0][0]) - 1 - len(ids[1])
 
 
 def fit(task, *, options, seed, n_processes=1, clip=None, resume=None):
-    """Train with `options`, a recipe's dict, and yield `(members, row)` after each epoch.
+    """Train with `options`, a recipe's dict, and yield `(epochs, row)` after each epoch.
 
-    `members` are the `model.Params` of the ensemble's models, trained side by side; `row` is a dict
-    of the epoch's figures: epoch, train_loss, mse, rmse, mae, seconds (training), evaluate_seconds.
-    Predictions are clipped to `clip`, the range of the training ratings unless given. With more
-    than one process, this is the first, and the others call `follow`.
+    `epochs` has a `train.Epoch` for each model of the ensemble, which are trained side by side;
+    `row` is a dict of figures: epoch, train_loss, mse, rmse, mae, seconds (training),
+    evaluate_seconds. Predictions are clipped to `clip`, the range of the training ratings unless
+    given. `resume` is that of `Job`. With more than one process, this is the first, and the others
+    call `follow`.
     """
-    given = {"n_processes": n_processes, "clip": clip, "resume": resume}
-    for epochs, row in fit_epochs(task, options=options, seed=seed, **given):
-        yield [epoch.params for epoch in epochs], row
-
-
-def fit_epochs(task, *, options, seed, n_processes=1, clip=None, resume=None):
-    """`fit` that yields each member's whole `train.Epoch`; `resume` is that of `Job`."""
     import train
 
     clip = clip or find_range(task.train[2])
     job = make_job(task, options=options, seed=seed, n_processes=n_processes, resume=resume)
-    head = make_head(*job.head)
     if n_processes > 1:
-        job = deal_job(job)
+        job = deal(job)
+    head, unit = make_head(*job.head), job.head[1][3] if job.head[0] == "bounded" else 1.0
     start = time.perf_counter()  # what is worked out before the first step counts too
     for epochs in fit_members(job):
         trained = time.perf_counter()
-        tables = [to_rows(epoch.params, task.features, task.seen) for epoch in epochs]
+        rows = {"ids": task.ids, "seen": task.seen, "head": head}
+        tables = [to_rows(epoch.params[0], task.features, **rows) for epoch in epochs]
         errors = train.evaluate(
             lambda *rows, tables=tables: predict_each(tables, *rows, head=head).mean(0),
             *task.test,
@@ -311,7 +324,7 @@ def fit_epochs(task, *, options, seed, n_processes=1, clip=None, resume=None):
         )
         row = {
             "epoch": epochs[0].epoch,
-            "train_loss": sum(epoch.train_loss for epoch in epochs) / len(epochs),
+            "train_loss": unit**2 * sum(epoch.train_loss for epoch in epochs) / len(epochs),
             **errors._asdict(),
             "seconds": trained - start,
             "evaluate_seconds": time.perf_counter() - trained,
@@ -325,129 +338,90 @@ def find_range(ratings):
     return ratings.min().item(), ratings.max().item()
 
 
+def deal(job):
+    """Give process 0's `job` to each process. The other processes pass None."""
+    import torch
+
+    import train
+
+    jobs = [job]
+    train.call_together(torch.distributed.broadcast_object_list, jobs)
+    return jobs[0]
+
+
 def follow(threads):
-    """What a process other than the first does for `fit`: train on the share that it is given."""
+    """What a process other than the first does for `fit`: train beside it."""
     import torch
 
     torch.set_num_threads(threads)
-    for _ in fit_members(deal_job(None)):
+    for _ in fit_members(deal(None)):
         pass
 
 
 def fit_members(job):
     """Train the ensemble's models side by side; yields a tuple of their `train.Epoch`s."""
-    import torch
-
-    head = make_head(*job.head)
-
-    def member(number):
-        # torch's generator takes 32 bits; this spreads the members over them, the first at `seed`.
-        generator = torch.Generator().manual_seed((job.seed + number * 0x9E3779B1) % 2**32)
-        params = init_member(job, head, generator)
-        resume = job.resume and (job.resume[0], job.resume[1][number])
-        return train_params(params, job, head=head, generator=generator, resume=resume)
-
-    return zip(*map(member, range(job.options["ensemble"])), strict=True)
+    return zip(*(fit_member(job, number) for number in range(job.options["ensemble"])), strict=True)
 
 
-def init_member(job, head, generator):
-    """The `model.Params` that a member of the ensemble begins with."""
-    import model
-
-    sizes = {"n_factors": job.options["n_factors"], "n_outputs": head.n_outputs}
-    return model.init_params(*job.sizes, **sizes, generator=generator)
-
-
-def train_params(params, job, *, head, generator, resume=None):
-    """Train on the job's ratings by the faster of two ways to the same numbers; yields epochs.
-
-    Several processes always take the step on all rows, of which the numbers of the step on the
-    batch's rows differ by up to 1e-3 in the error.
-    """
+def fit_member(job, number):
+    """Train one model of the ensemble; yields its `train.Epoch`s, of one table of parameters."""
     import schedule
     import train
 
     options = job.options
-    common = {
-        "n_epochs": options["epochs"],
-        "batch_size": options["batch_size"],
-        "drop_last": options["drop_last"],
-        "generator": generator,
-        "resume": resume,
-    }
-    n_batches = train.count_batches(
-        job.n_rows, options["batch_size"], drop_last=options["drop_last"]
+    common = {"batch_size": options["batch_size"], "drop_last": options["drop_last"]}
+    n_steps = options["epochs"] * train.count_batches(len(job.columns[0]), **common)
+    params, parts = set_up_member(
+        job, schedule.one_cycle(n_steps, lr_max=options["lr_max"]), number
     )
-    n_steps = options["epochs"] * n_batches
-    pace = schedule.one_cycle(n_steps, lr_max=options["lr_max"])
-    is_alone = job.n_processes == 1
-    is_plain = job.features is None and not options["dropout"]
-    if is_alone and is_plain and is_sparse_faster(params, options, n_steps):
-        return train_rows(params, job, head=head, pace=pace, n_steps=n_steps, **common)
-    train_dense = train.fit if is_alone else partial(train.fit_parallel, n_rows=job.n_rows)
-    dense = make_dense(job, pace, head=head, generator=generator)
-    return train_dense(params, *job.columns, **dense, **common)
+    resume = job.resume and (job.resume[0], job.resume[1][number])
+    return train.fit(
+        params, *job.columns, **parts, n_epochs=options["epochs"], resume=resume, **common
+    )
 
 
-def make_dense(job, pace, *, head, generator):
-    """What a loop over all rows takes: `loss_and_grad` and `optimizer`, at the schedule `pace`."""
-    import model
-    import schedule
+def set_up_member(job, pace, number=0):
+    """The params of a model of the ensemble, and what a loop takes to train them at `pace`."""
+    import torch
 
-    loss_and_grad, options = model.loss_and_grad, job.options
-    if job.features is not None:
-        loss_and_grad = partial(model.embedded_loss_and_grad, features=job.features)
-    decay, bias_decay = options["weight_decay"], options["bias_decay"]
-    decays = decay, decay, bias_decay, bias_decay  # in the order of model.Params
-    return {
-        "loss_and_grad": partial(
-            loss_and_grad, head=head, dropout=options["dropout"], generator=generator
-        ),
-        "optimizer": schedule.adamw(pace, weight_decay=decays),
-    }
-
-
-def train_rows(params, job, *, head, pace, n_steps, **common):
-    """`train_params` by the step that touches the batch's rows alone; yields epochs."""
     import model
     import schedule
     import train
 
-    n_users, n_factors = len(params.user_factors), job.options["n_factors"]
-    table = model.join(params)
-    decays = job.options["weight_decay"], job.options["bias_decay"]
-    weight_decay = [decays[0]] * n_factors + [decays[1]] * (table.shape[1] - n_factors)
-    for epoch in train.fit_rows(
-        table,
-        *job.columns,
-        offsets=(0, n_users),
-        loss_and_grad_=partial(model.pair_loss_and_grad_, head=head, n_factors=n_factors),
-        optimizer=schedule.sparse_adamw(pace, n_steps, weight_decay=weight_decay),
-        **common,
-    ):
-        shape = {"n_factors": n_factors, "n_outputs": head.n_outputs}
-        yield epoch._replace(params=model.split_table(epoch.params, n_users, **shape))
+    options, head = job.options, make_head(*job.head)
+    # torch's generator takes 32 bits; this spreads the members over them, the first at `seed`.
+    generator = torch.Generator().manual_seed((job.seed + number * 0x9E3779B1) % 2**32)
+    sizes = {"n_factors": options["n_factors"], "n_outputs": head.n_outputs}
+    params = model.init_params(*job.sizes, **sizes, std=options["std"], generator=generator)
+    center = None
+    table, decay = model.join(params), options["weight_decay"]
+    if job.averages is not None:  # what biases decay towards, instead of zero
+        center = model.join(model.find_center(params, job.averages, head=head))
+        if job.features is not None:
+            center *= find_share(len(job.columns[0]) / sum(map(len, job.averages[1:])))
+    if options["bias_decay"] != decay:
+        decay = torch.full(table.shape[1:], decay)
+        decay[-head.n_outputs :] = options["bias_decay"]
+    loss_and_grad = partial(model.loss_and_grad, n_users=job.n_users, head=head)
+    if job.features is not None:
+        loss_and_grad = partial(
+            model.embedded_loss_and_grad, n_users=job.n_users, head=head, features=job.features
+        )
+    loss_and_grad = partial(loss_and_grad, dropout=options["dropout"], generator=generator)
+    return [table], {
+        "loss_and_grad": train.share(loss_and_grad) if job.n_processes > 1 else loss_and_grad,
+        "optimizer": schedule.adamw(pace, weight_decay=[decay], centers=[center]),
+        "generator": generator,
+    }
 
 
-def is_sparse_faster(params, options, n_steps):
-    """Whether a step on the batch's rows alone beats one on all rows, as measured on one thread.
-
-    A row in a batch costs what five rows cost the dense step, give or take two. With a strong decay
-    at a large lr all rows must rest too often (see `schedule.sparse_adamw`), and what depends on
-    the schedule is computed before the first step, 2 microseconds and 100 bytes for each.
-    """
-    n_rows = len(params.user_factors) + len(params.item_factors)
-    decay = max(options["weight_decay"], options["bias_decay"])
-    is_large = n_rows > 5 * options["batch_size"]
-    return is_large and options["lr_max"] * decay < 0.03 and n_steps < 500_000
-
-
-def to_rows(params, features, seen):
-    """Tables with a row a user and a row an item, the unseen ones filled, ready to predict with."""
+def to_rows(table, features, *, ids, seen, head):
+    """`model.Params` with a row a user and a row an item, the unseen filled, to predict with."""
     import model
 
     if features is not None:
-        params = model.embed(params, features)
+        table = model.embed(table, features[0])
+    params = model.split_table(table, count_user_rows(features, ids), n_outputs=head.n_outputs)
     return model.fill_unseen(params, *seen)
 
 
@@ -491,6 +465,54 @@ def describe_unseen(task):
     return "without training ratings: {} users, {} items; predicted {}".format(*counts, how)
 
 
+def describe_task(training):
+    """Lines on what is trained on, and on the errors that there are without a model."""
+    ratings, figures, clip = training.task.train[2], training.figures, training.clip
+    low, high = find_range(ratings)
+    n_ratings = figures["n_train"] + figures["n_test"]
+    counts = "{n_users:,} users, {n_items:,} items".format_map(figures)
+    yield f"{counts}, {n_ratings:,} ratings from {low:g} to {high:g}"
+    sample = ratings[:: max(len(ratings) // 1_000_000, 1)]
+    least, most = (sample.quantile(q).item() for q in (0.1, 0.9))
+    if high - low > 3 * (most - least):
+        where = f"from {least:g} to {most:g}" if least < most else f"{most:g}"
+        yield (
+            f"8 of 10 ratings are {where}: if those far beyond are mistakes, leave them out; if "
+            "they are counts, pass logarithms"
+        )
+    if unseen := describe_unseen(training.task):
+        yield unseen
+    yield from describe_baselines(figures["baselines"], clip)
+
+
+BASELINES = {"mean": "mean rating", "averages": "averages of users and items"}
+
+
+def describe_baselines(baselines, clip):
+    """A line on each of what `find_baselines` returns."""
+    for name, errors in baselines.items():
+        yield f"without a model, by the {BASELINES[name]}: {format_errors(errors, clip)}"
+
+
+def find_scale(bounds):
+    """The power of ten that ratings with these bounds are nearest to, 1 to 5 being 0."""
+    return round(math.log10((bounds[1] - bounds[0]) / 4))
+
+
+def format_number(value, scale, digits=4):
+    """With `digits` decimals at scale 0, fewer or more at others; far from it, in powers of ten."""
+    if -3 <= scale <= 4:
+        return f"{value:.{max(digits - scale, 0)}f}"
+    return f"{value:.{digits}e}"
+
+
+def format_errors(errors, bounds):
+    """MSE, RMSE and MAE of ratings with these bounds."""
+    scale = find_scale(bounds)
+    scales = {"mse": 2 * scale, "rmse": scale, "mae": scale}
+    return ", ".join(f"{name} {format_number(errors[name], s)}" for name, s in scales.items())
+
+
 def choose_options(recipe, given):
     """The recipe's options with those given over them. ValueError where they do not go together."""
     if recipe not in RECIPES:
@@ -502,12 +524,18 @@ def choose_options(recipe, given):
         raise ValueError(f"no loss {options['loss']!r}: it is {' or '.join(LOSSES)}")
     if options["loss"] == "ordinal" and given.get("y_range") is not None:
         raise ValueError("--y-range goes with --loss mse.")
-    if options["loss"] == "mse" and options["y_range"] is None:
-        raise ValueError("--loss mse needs --y-range.")
+    check_decay(options)
+    return options
+
+
+def check_decay(options):
+    """ValueError for a decay that takes more than the whole off in a step."""
     lr_max, decay = options["lr_max"], max(options["weight_decay"], options["bias_decay"])
     if lr_max * decay >= 1:
-        raise ValueError(f"--lr-max {lr_max:g} times a decay of {decay:g} is not below 1.")
-    return options
+        raise ValueError(
+            f"--lr-max {lr_max:g} times a decay of {decay:g} (--weight-decay, --bias-decay) is not"
+            " below 1."
+        )
 
 
 def choose_dataset(dataset, source):
@@ -517,19 +545,77 @@ def choose_dataset(dataset, source):
     return dataset or (DATASETS[0] if source is None else None)
 
 
-def scale(recipe, options, given, *, clip, n_rows):
-    """The recipe's decays and y_range, but for those given, for other data than ml-100k.
+def fit_recipe(options, given, *, ratings, n_rows, clip, notice):
+    """The options for the training `ratings` (N,) of `n_rows` users and items; `given` ones stay.
 
-    A row is in fewer of the batches the more rows there are, and decays at every step: a decay that
-    goes with 1 / n_rows, the number of users and items, takes the same share off it between two of
-    them. None is above the recipe's. y_range is the recipe's, which is for ratings from 1 to 5, at
-    the scale `clip`.
+    A recipe's values are those for ml-100k's split ua. Of these,
+
+        batch_size = recipe's * N / 90,570, at least 2
+        weight_decay, bias_decay = recipe's * (34.5 / (N / n_rows))^0.7
+        y_range = the scale and an eighth of it at both ends, within mean -+ 4 deviations
+
+    So there are as many steps whatever N is, and the fewer ratings a row has, the less it moves
+    away from where it starts. The scale is `clip`; 34.5 is 90,570 / 2,625. Where there are too few
+    or too many distinct ratings for loss ordinal, it is mse, which `notice` is told.
     """
-    share, (low, high), bounds = min(ML_100K_ROWS / n_rows, 1.0), clip, RECIPES[recipe]["y_range"]
-    scaled = {name: options[name] * share for name in ("weight_decay", "bias_decay")}
-    if bounds is not None:
-        scaled["y_range"] = tuple(low + (bound - 1) / 4 * (high - low) for bound in bounds)
-    return {name: value for name, value in scaled.items() if given.get(name) is None}
+    if not options["fits_data"]:
+        return options
+    low, high = clip
+    margin, (mean, deviation) = (high - low) / 8, find_moments(ratings)
+    thinness = find_thinness(len(ratings) / n_rows)
+    fitted = {
+        "loss": options["loss"],
+        "batch_size": max(round(options["batch_size"] * len(ratings) / UA_RATINGS), LEAST_BATCH),
+        "weight_decay": options["weight_decay"] * thinness,
+        "bias_decay": options["bias_decay"] * thinness,
+    }
+    if options["loss"] == "ordinal" and given.get("loss") is None:
+        n_levels = len(levels := ratings.unique())
+        if not is_ordinal(levels):
+            fitted["loss"] = "mse"
+            notice(f"loss mse, not ordinal, for {n_levels:,} distinct ratings")
+    if fitted["loss"] == "mse":
+        bounds = max(low - margin, mean - 4 * deviation), min(high + margin, mean + 4 * deviation)
+        fitted["y_range"] = bounds
+    return options | {name: value for name, value in fitted.items() if given.get(name) is None}
+
+
+def find_thinness(ratings_per_row):
+    """How much thinner the ratings are than ml-100k's: (34.5 / ratings per user or item)^0.7."""
+    return (UA_RATINGS / UA_ROWS / ratings_per_row) ** 0.7
+
+
+def find_share(ratings_per_row):
+    """How much of the averages biases decay towards where rows have other features than the id.
+
+    t^2 / (1 + t^2) with thinness t: all where ratings are few. Where they are many, the other
+    features' biases tell of the averages, too.
+    """
+    return 1 / (1 + find_thinness(ratings_per_row) ** -2)
+
+
+def check_y_range(ratings, options, given):
+    """ValueError for a rating outside of a y_range that was not made for the ratings."""
+    if options["loss"] == "mse" and (given.get("y_range") or not options["fits_data"]):
+        (low, high), (least, most) = options["y_range"], find_range(ratings)
+        if least < low or most > high:
+            where = f"y_range {low:g} to {high:g}: give --y-range LOW HIGH"
+            raise ValueError(f"ratings from {least:g} to {most:g} are not all within {where}")
+
+
+def find_baselines(task, clip):
+    """Errors on the test part without a model: of the mean, and of `model.find_averages`."""
+    import train
+
+    mean, users, items = task.averages
+    predictions = {
+        "mean": lambda rows, columns, *_: users.new_full(rows.shape, mean),
+        "averages": lambda rows, columns, *_: mean + users[rows] + items[columns],
+    }
+    return {
+        name: train.evaluate(predict, *task.test, clip=clip)._asdict()
+        for name, predict in predictions.items()
+    }
 
 
 class Training(NamedTuple):
@@ -543,7 +629,15 @@ class Training(NamedTuple):
 
 
 def set_up(
-    found, *, recipe="default", split=None, holdout=None, seed=0, allow_overlap=False, **given
+    found,
+    *,
+    recipe="default",
+    split=None,
+    holdout=None,
+    seed=0,
+    allow_overlap=False,
+    notice=lambda line: None,
+    **given,
 ):
     """The `Training` of a recipe, with the options `given` over it, on `Data` cut by `split`.
 
@@ -551,10 +645,10 @@ def set_up(
     test part of its own is not split. ValueError for options, features or a split that do not go
     with the data, and for a training part with nothing to learn.
     """
-    return plan_training(found, recipe, split, holdout, seed, allow_overlap, given)
+    return plan_training(found, recipe, split, holdout, seed, allow_overlap, given, notice)
 
 
-def plan_training(found, recipe, split, holdout, seed, allow_overlap, given):
+def plan_training(found, recipe, split, holdout, seed, allow_overlap, given, notice):
     """`set_up` that lets go of `found` before the tensors are made if nobody else holds it.
 
     A call with ** would hold it, which of 25 million ratings is 0.7 gigabytes.
@@ -562,11 +656,13 @@ def plan_training(found, recipe, split, holdout, seed, allow_overlap, given):
     options = choose_options(recipe, given)
     check_split(split, found.test, holdout)
     is_given = given.get("features") is not None
-    kinds = options["features"] = choose_features(options["features"], found, is_given=is_given)
+    kinds = options["features"] = choose_features(
+        options["features"], found, is_given=is_given, notice=notice
+    )
     split = split or ("ua" if found.name == "ml-100k" else "random")
     ratings, test = found.ratings, found.test
     about = {"users": found.users, "items": found.items}
-    name, source, rating_range = found.name, found.source, found.rating_range
+    source, rating_range = found.source, found.rating_range
     del found
     if "time" not in kinds and not split.startswith("last"):
         ratings = ratings.drop("timestamp", strict=False)
@@ -578,8 +674,10 @@ def plan_training(found, recipe, split, holdout, seed, allow_overlap, given):
     del ratings, test
     check_part(task, source)
     clip = rating_range or find_range(task.train[2])
-    if name != "ml-100k":
-        options |= scale(recipe, options, given, clip=clip, n_rows=sum(map(len, task.ids)))
+    about_data = {"ratings": task.train[2], "n_rows": sum(map(len, task.ids)), "clip": clip}
+    options = fit_recipe(options, given, **about_data, notice=notice)
+    check_decay(options)
+    check_y_range(task.train[2], options, given)
     choose_head(task.train[2], options)  # its errors come before the first step
     figures = {
         "recipe": recipe,
@@ -591,6 +689,7 @@ def plan_training(found, recipe, split, holdout, seed, allow_overlap, given):
         "n_items": len(task.ids.items),
         "n_train": len(task.train[2]),
         "n_test": len(task.test[2]),
+        "baselines": find_baselines(task, clip),
     }
     if holdout is not None:
         figures["holdout"] = holdout
@@ -651,23 +750,25 @@ def train_model(found, *, threads=1, **settings):
     """
     import torch
 
-    training, rows, threads_before = set_up(found, **settings), [], torch.get_num_threads()
-    del found
-    options = {"options": training.options, "seed": training.figures["seed"]}
+    threads_before, rows = torch.get_num_threads(), []
     torch.set_num_threads(threads)
     try:
-        for members, row in fit(training.task, **options, clip=training.clip):  # noqa: B007
+        training = set_up(found, **settings)
+        del found
+        options = {"options": training.options, "seed": training.figures["seed"]}
+        for epochs, row in fit(training.task, **options, clip=training.clip):  # noqa: B007
             rows.append(row)
     finally:
         torch.set_num_threads(threads_before)
-    return make_model(training, members, conclude(training, rows))
+    tables = [epoch.params[0] for epoch in epochs]
+    return make_model(training, tables, conclude(training, rows))
 
 
 class Model(NamedTuple):
     """A trained model and all that its answers need. Raw ids are integers or text, sorted."""
 
     params: list  # of each member of the ensemble, model.Params with a row a user, or a feature
-    features: tuple | None  # the matrices of users and items, as in model.Features
+    features: tuple | None  # of `model.Features` the matrix alone, in a tuple
     seen: tuple  # bool masks of the users and the items that training tells something of
     head: tuple  # what `choose_head` returns
     clip: tuple  # the lowest and the highest rating that is predicted
@@ -682,17 +783,19 @@ class Model(NamedTuple):
     tables: list  # of each member, model.Params with a row a user and an item; not in the file
 
 
-def make_model(training, members, figures):
-    """The `Model` of what `fit` has yielded last."""
+def make_model(training, tables, figures):
+    """The `Model` of the ensemble's tables, as `fit` has trained them."""
     import model
 
-    task = training.task
+    task, head = training.task, choose_head(training.task.train[2], training.options)
+    n_outputs = make_head(*head).n_outputs
+    members = [model.split_table(table, task.sizes[0], n_outputs=n_outputs) for table in tables]
     return add_tables(
         {
             "params": [model.Params(*map(clone, params)) for params in members],
-            "features": task.features and tuple(tuple(side) for side in task.features[:2]),
+            "features": task.features and (tuple(task.features.matrix),),
             "seen": task.seen,
-            "head": choose_head(task.train[2], training.options),
+            "head": head,
             "clip": training.clip,
             "user_ids": task.ids.users.to_list(),
             "item_ids": task.ids.items.to_list(),
@@ -713,8 +816,9 @@ def add_tables(content):
     """A `Model` of all its fields but `tables`."""
     import model
 
-    features = content["features"] and model.Features(*content["features"], None, None)
-    tables = [to_rows(params, features, content["seen"]) for params in content["params"]]
+    ids, head = (content["user_ids"], content["item_ids"]), make_head(*content["head"])
+    rows = {"ids": ids, "seen": content["seen"], "head": head}
+    tables = [to_rows(model.join(each), content["features"], **rows) for each in content["params"]]
     return Model(**content, tables=tables)
 
 
@@ -731,8 +835,8 @@ def group_by_user(users, items, ratings, times, *, n_users):
     return starts, *columns
 
 
-FORMAT = "collab 2"  # of a saved model
-CHECKPOINT = "collab checkpoint 1"
+FORMAT = "collab 3"  # of a saved model
+CHECKPOINT = "collab checkpoint 2"
 ROW = ("epoch", "train_loss", "mse", "rmse", "mae", "seconds", "evaluate_seconds")
 
 
@@ -861,11 +965,9 @@ def check_model(content):
         rows = sizes
         if content["features"] is not None:
             rows = len(params.user_factors), len(params.item_factors)
-            for side, n, m in zip(content["features"], sizes, rows, strict=True):
-                starts, columns, values = side
-                fits += [n < len(starts) <= n + 5, is_within(columns, m)]
-                fits += [is_rising(starts, len(columns))]
-                fits += [len(columns) == len(values)]
+            ((starts, columns, values),) = content["features"]
+            fits += [0 < len(starts) - sum(sizes) <= 5, is_within(columns, sum(rows))]
+            fits += [is_rising(starts, len(columns)), len(columns) == len(values)]
         factors = params.user_factors.shape[1:]
         outputs = () if head.n_outputs == 1 else (head.n_outputs,)
         shapes = [(n, *last) for last in (factors, outputs) for n in rows]
@@ -1268,7 +1370,9 @@ def fold_in(saved, items, ratings, times=None, *, width=PRIOR_WIDTH):
             raise ValueError(text.format(rating, saved.item_ids[row], low, high))
     head, kinds = make_head(*saved.head), saved.figures["options"]["features"]
     # The squared error has no scale of its own; the likelihood of loss ordinal has.
-    noise = saved.figures["epochs"][-1]["train_loss"] if saved.head[0] == "bounded" else 1.0
+    noise = 1.0
+    if saved.head[0] == "bounded":
+        noise = 2 * saved.figures["epochs"][-1]["train_loss"] / saved.head[1][3] ** 2
     n_users, n_items = len(saved.user_ids), len(saved.item_ids)
     is_trained = saved.rated[0].diff() > 0
     context = find_new_context(saved, items, ratings, times)
@@ -1278,11 +1382,11 @@ def fold_in(saved, items, ratings, times=None, *, width=PRIOR_WIDTH):
         told = factors.new_zeros(factors.shape[1] + head.n_outputs).double()
         if "implicit" in kinds:
             first = n_users if "id" in kinds else 0
-            starts, columns, values = saved.features[0]
+            ((starts, columns, values),) = saved.features
             is_implicit = (columns >= first) & (columns < first + n_items)
-            users = starts, columns, values * is_implicit
-            part = model.embed(params, model.Features(users, saved.features[1], None, None))
-            factors, bias = factors - part.user_factors[:n_users], bias - part.user_bias[:n_users]
+            part = model.embed(model.join(params), (starts, columns, values * is_implicit))
+            part = model.split_table(part[:n_users], n_users, n_outputs=head.n_outputs)
+            factors, bias = factors - part.user_factors, bias - part.user_bias
             told = torch.cat(
                 [table[first + items].reshape(len(items), -1) for table in params[::2]], 1
             )
@@ -1380,28 +1484,22 @@ def describe_model(saved):
     }
 
 
-def find_lr(training, *, n_steps=100, lr_min=1e-7, lr_max=10.0):
+def find_lr(training, *, n_steps=200, lr_min=1e-4, lr_max=10.0):
     """fastai's range test for a training: a dict of lrs, losses (smoothed), valley and steepest.
 
     One member of the ensemble takes up to `n_steps` steps at an lr that grows from `lr_min` to
     `lr_max`, until the loss has blown up; see `train.find_lr` and `schedule.suggest_lr`.
     """
-    import torch
-
     import schedule
     import train
 
     seed = training.figures["seed"]
     job = make_job(training.task, options=training.options, seed=seed)
-    head, generator = make_head(*job.head), torch.Generator().manual_seed(seed)
     pace = schedule.exponential(n_steps, lr_min=lr_min, lr_max=lr_max)
+    params, parts = set_up_member(job, pace)
+    batch_size = min(job.options["batch_size"], len(job.columns[0]))
     losses = train.find_lr(
-        init_member(job, head, generator),
-        *job.columns,
-        n_steps=n_steps,
-        batch_size=min(job.options["batch_size"], job.n_rows),
-        generator=generator,
-        **make_dense(job, pace, head=head, generator=generator),
+        params, *job.columns, n_steps=n_steps, batch_size=batch_size, **parts
     ).tolist()
     lrs = [pace(step).lr for step in range(len(losses))]
     suggested = schedule.suggest_lr(lrs, losses, n_steps=n_steps)
@@ -1415,7 +1513,6 @@ def save_checkpoint(path, fingerprint, epochs, rows, arguments):
         "arguments": arguments,
         "fingerprint": fingerprint,
         "rows": rows,
-        "params": [tuple(map(clone, epoch.params)) for epoch in epochs],
         "states": [epoch.state for epoch in epochs],
     }
     save(path, content)
@@ -1427,13 +1524,13 @@ def load_checkpoint(path):
 
     with _refusing(path, "checkpoint"):
         content = load(path, CHECKPOINT)
-        if set(content) != {"arguments", "fingerprint", "rows", "params", "states"}:
+        if set(content) != {"arguments", "fingerprint", "rows", "states"}:
             raise ValueError("its parts are not those of a checkpoint")
         numbers = [row[name] for row in content["rows"] for name in ROW]
-        tensors = [t for name in ("params", "states") for each in content[name] for t in each]
+        tensors = [tensor for state in content["states"] for tensor in state]
         fits = [
             len(content["rows"]) > 0 and all(map(math.isfinite, numbers)),
-            0 < len(content["params"]) == len(content["states"]),
+            len(content["states"]) > 0 and all(len(state) > 1 for state in content["states"]),
             all(isinstance(tensor, torch.Tensor) for tensor in tensors),
         ]
         if not all(fits):
@@ -1925,7 +2022,13 @@ def check_usage(recipe, given, where, paths=(), *, split=None, test=None, holdou
 def train_command(context, threads, save_to, metrics, checkpoint, resume, **_told):
     """Train a model, printing its error on the test part after each epoch.
 
-    Under torchrun each process has a share of the ratings, and the result is that of one.
+    \b
+    The recipes default and best are for ml-100k; N training ratings of R users and items get
+      batch-size = recipe's N / 90,570, at least 2
+      weight-decay, bias-decay = recipe's (34.5 / (N / R))^0.7
+      y-range = the scale and an eighth of it at both ends, within mean -+ 4 deviations
+
+    Under torchrun each process has a share of each batch, and the result is that of one.
     """
     point, told = None, context.params
     if resume is not None:
@@ -1951,38 +2054,46 @@ def train_command(context, threads, save_to, metrics, checkpoint, resume, **_tol
         told["seed"],
         told["allow_overlap"],
         given,
+        _notice,
     )
     load_seconds = time.perf_counter() - started
-    if unseen := describe_unseen(training.task):
-        _notice(unseen)
-    rows, members, go_on = [], [], None
+    rows, tables, go_on = [], [], None
     fingerprint = checkpoint and find_fingerprint(training)
     if point is not None:
         n_members = training.options["ensemble"]
         if (point["fingerprint"], len(point["states"])) != (fingerprint, n_members):
             raise ValueError(f"{resume}: the data is not that which it was trained on")
-        rows, members, go_on = point["rows"], point["params"], (len(point["rows"]), point["states"])
+        rows, tables = point["rows"], [state[0] for state in point["states"]]
+        go_on = len(rows), point["states"]
+    for line in describe_task(training):
+        _notice(line)
+    if point is not None:
         _notice(f"{resume}: going on after epoch {len(rows)} of {training.options['epochs']}")
     tested = "test" if told["holdout"] is None else "held"
     click.echo(f"epoch | train_loss | {tested}_mse | {tested}_rmse | {tested}_mae |    time")
     options = {"options": training.options, "seed": told["seed"], "clip": training.clip}
-    epochs = fit_epochs(training.task, **options, n_processes=n_processes, resume=go_on)
+    epochs = fit(training.task, **options, n_processes=n_processes, resume=go_on)
     for done, row in show_epochs(epochs, training, rows):
         rows.append(row)
-        members = [epoch.params for epoch in done]
+        tables = [epoch.params[0] for epoch in done]
         if checkpoint is not None:
             save_checkpoint(checkpoint, fingerprint, done, rows, keep_options(told))
     figures = conclude(training, rows) | {"load_seconds": load_seconds}
     if n_processes > 1:
         figures["processes"] = n_processes
-    result = (
-        "{} mse {mse:.4f}, rmse {rmse:.4f}, mae {mae:.4f} on {}, trained in {fit_seconds:.2f} s"
-    )
-    click.echo(result.format(tested, describe_test(figures), **figures))
+    errors, on = format_errors(figures, training.clip), describe_test(figures)
+    click.echo(f"{tested} {errors} on {on}, trained in {figures['fit_seconds']:.2f} s")
+    warn_if_worse(figures, figures["baselines"]["averages"])
     if save_to is not None:
-        save_model(save_to, make_model(training, members, figures))
+        save_model(save_to, make_model(training, tables, figures))
     if metrics is not None:
         save_json(metrics, figures)
+
+
+def warn_if_worse(figures, averages):
+    """A last line where a training was for nothing."""
+    if figures["rmse"] > averages["rmse"]:
+        _notice("this is worse than the averages of users and items: predict those instead")
 
 
 NOT_KEPT = {"resume", "checkpoint", "save_to", "metrics", "threads"}  # in a checkpoint
@@ -2010,13 +2121,21 @@ def restore_options(context, kept, path):
     return told
 
 
+COLUMN_WIDTHS = (("train_loss", 10), ("mse", 8), ("rmse", 9), ("mae", 8))
+
+
 def show_epochs(epochs, training, rows):
     """Pass on `epochs`, printing a line for each, first for `rows`; a bar below on a terminal."""
-    line = (
-        "{epoch:5} | {train_loss:10.4f} | {mse:8.4f} | {rmse:9.4f} | {mae:8.4f} | {seconds:5.2f} s"
-    )
+    scale = dict.fromkeys(("rmse", "mae"), find_scale(training.clip))
+    scale["mse"] = 2 * scale["rmse"]
+    scale["train_loss"] = scale["mse"] if training.options["loss"] == "mse" else 0
+
+    def show(row):
+        cells = (f"{format_number(row[n], scale[n]):>{width}}" for n, width in COLUMN_WIDTHS)
+        click.echo(f"{row['epoch']:5} | {' | '.join(cells)} | {row['seconds']:5.2f} s")
+
     for row in rows:
-        click.echo(line.format_map(row))
+        show(row)
     n_ratings = training.figures["n_train"] * training.options["ensemble"]
     bar = _progress(training.options["epochs"], label="epochs")
     with bar:
@@ -2024,7 +2143,7 @@ def show_epochs(epochs, training, rows):
         for done, row in epochs:
             if not bar.hidden:  # the bar makes room for the line
                 click.echo("\r\033[K", nl=False, err=True)
-            click.echo(line.format_map(row))
+            show(row)
             yield done, row
             bar.update(1, f"{n_ratings / row['seconds']:,.0f} ratings/s")
 
@@ -2076,26 +2195,39 @@ def cross_validate_command(splits, folds, where, recipe, given, seed, threads, m
         if not rows:  # not before the first cut, which may fail
             click.echo(" fold | test_rmse | test_mae |    time")
         part = found._replace(ratings=ratings, test=test)
-        training = set_up(part, recipe=recipe, seed=seed, **given)
+        training = set_up(part, recipe=recipe, seed=seed, notice=_notice, **given)
+        scale = find_scale(training.clip)
         if unseen := describe_unseen(training.task):
             _notice(f"{name}: {unseen}")
         seconds = 0.0
         options = {"options": training.options, "seed": seed, "clip": training.clip}
         for _, row in fit(training.task, **options):
             seconds += row["seconds"]
-        rows.append(
-            {"fold": name, **{n: row[n] for n in ("mse", "rmse", "mae")}, "seconds": seconds}
-        )
-        click.echo("{fold:>5} | {rmse:9.4f} | {mae:8.4f} | {seconds:5.2f} s".format_map(rows[-1]))
+        errors = {each: row[each] for each in ("mse", "rmse", "mae")}
+        baselines = training.figures["baselines"]
+        rows.append({"fold": name, **errors, "seconds": seconds, "baselines": baselines})
+        cells = (f"{format_number(row[n], scale):>{width}}" for n, width in COLUMN_WIDTHS[2:])
+        click.echo(f"{name:>5} | {' | '.join(cells)} | {seconds:5.2f} s")
     names = ("recipe", "dataset", "seed", "options")
     figures = {name: training.figures[name] for name in names} | {"folds": rows}
+    figures["baselines"] = {
+        name: {
+            each: statistics.mean(row["baselines"][name][each] for row in rows) for each in errors
+        }
+        for name in baselines
+    }
+    parts = []
     for name in ("rmse", "mae"):
         values = [row[name] for row in rows]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         figures |= {name: statistics.mean(values), f"{name}_std": spread}
+        both = (format_number(value, scale) for value in (figures[name], spread))
+        parts.append(f"{name} {' +- '.join(both)}")
     figures["fit_seconds"] = sum(row["seconds"] for row in rows)
-    result = "rmse {rmse:.4f} +- {rmse_std:.4f}, mae {mae:.4f} +- {mae_std:.4f} over {} folds"
-    click.echo(result.format(len(rows), **figures))
+    click.echo(f"{', '.join(parts)} over {len(rows)} folds")
+    for line in describe_baselines(figures["baselines"], training.clip):
+        _notice(line)
+    warn_if_worse(figures, figures["baselines"]["averages"])
     if metrics is not None:
         save_json(metrics, figures)
 
@@ -2190,8 +2322,8 @@ def evaluate_command(path, ratings, columns, ranking, k, min_rating, as_json, **
     if as_json:
         return echo_json(figures)
     place = str(ratings) if ratings is not None else describe_test(saved.figures)
-    line = "mse {mse:.4f}, rmse {rmse:.4f}, mae {mae:.4f} on {n_test:,} ratings of {place}"
-    click.echo(line.format(place=place, **figures))
+    errors = format_errors(figures, saved.clip)
+    click.echo(f"{errors} on {figures['n_test']:,} ratings of {place}")
     if ranking:
         line = (
             "precision {precision:.4f}, recall {recall:.4f}, ndcg {ndcg:.4f}, "
@@ -2264,8 +2396,10 @@ def predict_one(saved, user, item, allow_unknown, *, as_json):
     }
     if as_json:
         return echo_json(answer)
-    spread = " +- {deviation:.2f}" if len(saved.tables) > 1 else ""
-    click.echo(("{rating:.2f}" + spread + " by {user} for {title}").format_map(answer))
+    values = [answer["rating"], *([answer["deviation"]] if len(saved.tables) > 1 else [])]
+    scale = find_scale(saved.clip)
+    numbers = " +- ".join(format_number(value, scale, 2) for value in values)
+    click.echo(f"{numbers} by {answer['user']} for {answer['title']}")
 
 
 @cli.command("recommend", short_help="The best items for a user, a new one, all.")
@@ -2302,7 +2436,7 @@ def recommend_command(path, user, rated, all_users, columns, output, n, include_
     if rated is not None:  # which may have been told by parts of titles
         rows = (find_row(saved.item_ids, item) for item, *_ in rated)
         _notice("rated: " + "; ".join(find_title(saved, row) for row in rows))
-    echo_items(found, asked, as_json=as_json)
+    echo_items(found, asked, as_json=as_json, scale=find_scale(saved.clip))
 
 
 def write_recommendations(path, output, *, n, include_seen, as_json):
@@ -2349,8 +2483,11 @@ def read_rated(saved, text, columns):
     return [(saved.item_ids[find_item(saved, item)], rating) for item, rating in rated]
 
 
-def echo_items(found, asked, *, as_json):
-    """Print items (NamedTuples) as a table with the title last; as JSON with what was asked."""
+def echo_items(found, asked, *, as_json, scale=0):
+    """Print items (NamedTuples) as a table with the title last; as JSON with what was asked.
+
+    `scale` is that of the numbers, for `format_number`.
+    """
     if as_json:
         return echo_json(asked | {"items": [each._asdict() for each in found]})
     if not found:
@@ -2358,7 +2495,10 @@ def echo_items(found, asked, *, as_json):
     lines = [[name for name in type(found[0])._fields if name != "title"] + ["title"]]
     for each in found:
         values = [value for name, value in each._asdict().items() if name != "title"]
-        cells = [f"{value:.3f}" if isinstance(value, float) else f"{value}" for value in values]
+        cells = [
+            format_number(value, scale, 3) if isinstance(value, float) else f"{value}"
+            for value in values
+        ]
         lines.append([*cells, each.title])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for *cells, title in lines:
@@ -2410,7 +2550,7 @@ def interpret_command(path, n, output, as_json):
         return echo_json({name: [each._asdict() for each in part] for name, part in parts.items()})
     for name, part in (("most", most), ("least", least)):
         click.echo(f"liked {name}:")
-        echo_items(part, {}, as_json=False)
+        echo_items(part, {}, as_json=False, scale=find_scale(saved.clip))
 
 
 @cli.command("map", short_help="A picture of the items.")

@@ -76,6 +76,9 @@ DATASETS = {
 }
 
 
+Name = str | os.PathLike  # of a file or a folder
+
+
 def default_data_dir() -> Path:
     """`$COLLAB_DATA_DIR`, or `collab` in the user's cache folder."""
     if folder := os.environ.get("COLLAB_DATA_DIR"):
@@ -100,8 +103,9 @@ def _beside(path: Path) -> Path:
     return path.parent / f".{secrets.token_hex(6)}.part"
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Name) -> None:
     """Raise OSError, naming `path`, if `write_file` could not write it."""
+    path = Path(path)
     try:
         if path.is_dir():
             raise IsADirectoryError(None, "it is a folder")
@@ -115,22 +119,24 @@ def check_writable(path: Path) -> None:
         raise OSError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_file(path: Name, content: bytes) -> None:
     """Write `content` beside `path`, then rename: `path` has the old bytes or the new, never less.
 
     A symbolic link is followed; a pipe or a device is written to directly. OSError names `path`.
     """
+    path = Path(path)
     with _replacing(path) as file, _naming_output(path):
         file.write(content)
 
 
-def write_frames(path: Path, frames: Iterable[polars.DataFrame]) -> None:
+def write_frames(path: Name, frames: Iterable[polars.DataFrame]) -> None:
     """Write frames of one schema, of which there is at least one, as one table, one at a time.
 
     `path` ends in .csv, .tsv (both with a header; what polars quotes is quoted) or .parquet, or
     ValueError; a pipe or a device gets CSV, whatever its name. As by `write_file`, it has the old
     bytes or the whole table; an exception that `frames` raises leaves the old, and comes as it is.
     """
+    path = Path(path)
     ending = path.suffix.lower()
     if ending not in (".csv", ".tsv", ".parquet"):
         if _is_replaceable(path):
@@ -202,7 +208,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
 
 def get_dataset(
     name: str,
-    data_dir: Path | None = None,
+    data_dir: Name | None = None,
     *,
     notice: Callable[[str], None] = lambda line: None,
     server: str = GROUPLENS,
@@ -222,7 +228,7 @@ def get_dataset(
     if name not in DATASETS:
         raise ValueError(f"no data set '{name}': it is ml-100k, {', '.join(DATASETS)}")
     largest, md5 = DATASETS[name]
-    path, url = (data_dir or default_data_dir()) / f"{name}.zip", f"{server}/{name}.zip"
+    path, url = Path(data_dir or default_data_dir()) / f"{name}.zip", f"{server}/{name}.zip"
     if path.exists():
         with open(path, "rb") as file:
             if md5 in (None, hashlib.file_digest(file, "md5").hexdigest()):
@@ -243,7 +249,7 @@ def get_dataset(
 
 
 def get_ml_100k(
-    data_dir: Path | None = None,
+    data_dir: Name | None = None,
     *,
     notice: Callable[[str], None] = lambda line: None,
     url: str = ML_100K_URL,
@@ -259,7 +265,7 @@ def get_ml_100k(
     on where the data came from. Files that fail their checksum are fetched again and replaced one
     by one, each by a rename. OSError, in one line, when no source has the data.
     """
-    folder = (data_dir or default_data_dir()) / "ml-100k"
+    folder = Path(data_dir or default_data_dir()) / "ml-100k"
     kept = {n: (folder / n).read_bytes() for n in ML_100K_FILES if (folder / n).exists()}
     broken = [name for name, content in kept.items() if not _is_published(name, content)]
     if len(kept) == len(ML_100K_FILES) and not broken:
@@ -459,7 +465,7 @@ ITEMS_FILES = {
 
 
 def read_ratings(
-    path: Path,
+    path: Name,
     *,
     columns: Mapping[str, str] | None = None,
     rating_range: Range | None = None,
@@ -479,15 +485,16 @@ def read_ratings(
     dates and times, in UTC unless they name a zone. No nulls. ValueError, in one line that names
     the file and the line or row, for anything else; OSError when `path` can't be read.
     """
+    path = Path(path)
     name = _find(path, RATINGS_FILES)
     if name is None and (path.is_dir() or _is_zip(path)):
         raise ValueError(f"{path}: no {', '.join(RATINGS_FILES)} in it")
     return _read_records(path, name, RATINGS._replace(told=columns or {}), rating_range or ANY)
 
 
-def read_rated(path: Path, *, columns: Mapping[str, str] | None = None) -> polars.DataFrame:
+def read_rated(path: Name, *, columns: Mapping[str, str] | None = None) -> polars.DataFrame:
     """The ratings of one user, as `read_ratings` of a file without the column user."""
-    return _read_records(path, None, RATED._replace(told=columns or {}), ANY)
+    return _read_records(Path(path), None, RATED._replace(told=columns or {}), ANY)
 
 
 def _read_records(path: Path, name: str | None, kind: _Kind, bounds: Range) -> polars.DataFrame:
@@ -501,7 +508,7 @@ def _read_records(path: Path, name: str | None, kind: _Kind, bounds: Range) -> p
 
 
 def read_pairs(
-    path: Path, *, columns: Mapping[str, str] | None = None, block: int = 1 << 18
+    path: Name, *, columns: Mapping[str, str] | None = None, block: int = 1 << 18
 ) -> Iterator[polars.DataFrame]:
     """Pairs of a user and an item, in file order, in frames of at most `block` rows.
 
@@ -512,7 +519,7 @@ def read_pairs(
     Int64, from 1: that in which the pair begins, or the row of Parquet. Errors as `read_ratings`.
     """
     kind = PAIRS._replace(told=columns or {})
-    for where, raw, numbers in _read_raw(path, None, kind, size=block):
+    for where, raw, numbers in _read_raw(Path(path), None, kind, size=block):
         pairs = _convert(where, raw, numbers, is_text=True)
         pairs = pairs.with_columns(polars.Series("line", numbers, polars.Int64))
         yield from pairs.iter_slices(block)
@@ -1067,14 +1074,14 @@ def drop_repeats(ratings: polars.DataFrame) -> polars.DataFrame:
     return ratings if len(kept) == len(ratings) else ratings[kept.sort()]
 
 
-def write_ratings(ratings: polars.DataFrame, path: Path) -> None:
+def write_ratings(ratings: polars.DataFrame, path: Name) -> None:
     """Tab-separated without a header; whole ratings are written as GroupLens does, `3` for 3.0."""
     if (ratings["rating"] == ratings["rating"].round()).all():
         ratings = ratings.with_columns(polars.col("rating").cast(polars.Int64))
     write_file(path, ratings.write_csv(separator="\t", include_header=False).encode())
 
 
-def read_users(path: Path, *, column: str | None = None) -> polars.DataFrame | None:
+def read_users(path: Name, *, column: str | None = None) -> polars.DataFrame | None:
     """What is known of users: of MovieLens's, or of any from a table of one's own.
 
     From the first of `USERS_FILES` in a folder or a zip, None if it has none, or a file so called:
@@ -1082,13 +1089,14 @@ def read_users(path: Path, *, column: str | None = None) -> polars.DataFrame | N
     number, and an age the lowest of its group. Any other file, or one whose column of ids is named
     by `column`, is a table of one's own, as for `read_items`. ValueError names a broken file.
     """
+    path = Path(path)
     if _is_own(path, USERS_FILES, column):
         return _read_own(path, USERS, column)
     users = _read_movielens(path, USERS_FILES)
     return None if users is None else users.select(USERS_FILES["u.user"].columns)
 
 
-def read_items(path: Path, *, column: str | None = None) -> polars.DataFrame | None:
+def read_items(path: Name, *, column: str | None = None) -> polars.DataFrame | None:
     """What is known of items: of MovieLens's films, or of any from a table of one's own.
 
     From the first of `ITEMS_FILES` in a folder or a zip, None if it has none, or a file so called:
@@ -1098,6 +1106,7 @@ def read_items(path: Path, *, column: str | None = None) -> polars.DataFrame | N
     Any other file, or one whose column of ids is named by `column`, is a table of one's own, with a
     header or Parquet: `_read_own` tells what becomes of its columns.
     """
+    path = Path(path)
     if _is_own(path, ITEMS_FILES, column):
         return _read_own(path, ITEMS, column)
     films = _read_movielens(path, ITEMS_FILES)
@@ -1422,13 +1431,14 @@ def features(
     *,
     users: polars.DataFrame | None = None,
     items: polars.DataFrame | None = None,
-) -> tuple[Sparse, Sparse, Sparse, Sparse]:
-    """Matrices (rows, features) of the users and of the items, then their transposes.
+) -> tuple[Sparse, Sparse, tuple[int, int]]:
+    """A matrix (rows, features), its transpose, and how many features users and items have.
 
-    `kinds` chooses among: id, the row's own; implicit, the items that the user rated in `train`, or
-    the users who rated the item, each 1 / sqrt(their number) (Koren 2008, SVD++); side, what
-    `users` and `items` tell, by `describe`; time, room for `time_context`, whose features vary by
-    rating: the user matrix ends in identity rows and columns for them. No test rating is read.
+    Rows and features are the users', then the items'. `kinds` chooses among: id, the row's own;
+    implicit, the items that the user rated in `train`, or the users who rated the item, each
+    1 / sqrt(their number) (Koren 2008, SVD++); side, what `users` and `items` tell, by `describe`;
+    time, room for `time_context`, whose features vary by rating: the users' part ends in identity
+    rows and columns for them. No test rating is read.
     """
     if isinstance(kinds, str) or not set(kinds) <= set(FEATURES):
         raise ValueError(f"features must be some of {FEATURES}, not {kinds!r}")
@@ -1437,7 +1447,7 @@ def features(
         "item": polars.DataFrame({"item": ids.items}).with_row_index("item_row"),
     }
     pairs = train.select("user", "item").join(index["user"], "user").join(index["item"], "item")
-    matrices, transposes = [], []
+    entries, n_features, n_above = [], [0], 0
     for name, about, other in (("user", users, "item"), ("item", items, "user")):
         row, n_rows = f"{name}_row", len(index[name])
         every, blocks = polars.int_range(n_rows, eager=True), []  # and how many features there are
@@ -1454,21 +1464,27 @@ def features(
             scales = polars.int_range(len(TIME_SCALES), eager=True)
             blocks.append((scales + n_rows, scales, 1.0, len(scales)))
             n_rows += len(scales)
-        *offsets, n_features = accumulate((n for *_, n in blocks), initial=0)
-        if not n_features:
+        *offsets, n_so_far = accumulate((n for *_, n in blocks), initial=n_features[-1])
+        if n_so_far == n_features[-1]:
             raise ValueError(f"the features {','.join(kinds)} say nothing of the {name}s")
-        entries = polars.concat(map(_entries, blocks, offsets))
-        matrices.append(_sparse(entries, "row", "feature", n_rows))
-        transposes.append(_sparse(entries, "feature", "row", n_features))
-    return (*matrices, *transposes)
+        for block, offset in zip(blocks, offsets, strict=True):
+            entries.append(_entries(block, n_above, offset))
+        n_features.append(n_so_far)
+        n_above += n_rows
+    entries = polars.concat(entries)
+    return (
+        _sparse(entries, "row", "feature", n_above),
+        _sparse(entries, "feature", "row", n_features[2]),
+        (n_features[1], n_features[2] - n_features[1]),
+    )
 
 
-def _entries(block: tuple, offset: int) -> polars.DataFrame:
+def _entries(block: tuple, first_row: int, first_feature: int) -> polars.DataFrame:
     rows, columns, values, _ = block
     frame = polars.DataFrame({"row": rows, "feature": columns}).with_columns(value=values)
     return frame.select(
-        polars.col("row").cast(polars.Int64),
-        polars.col("feature").cast(polars.Int64) + offset,
+        polars.col("row").cast(polars.Int64) + first_row,
+        polars.col("feature").cast(polars.Int64) + first_feature,
         polars.col("value").cast(polars.Float32),
     )
 

@@ -1,19 +1,23 @@
 """Matrix factorisation with biases, from ids alone or from features: prediction, loss, gradient.
 
 >>> import torch
->>> from model import bounded, init_params, loss_and_grad, predict
+>>> from model import bounded, init_params, join, loss_and_grad, predict
 >>> params = init_params(3, 5, n_factors=2, generator=torch.Generator().manual_seed(0))
 >>> users, items, ratings = torch.tensor([0, 2]), torch.tensor([4, 1]), torch.tensor([5.0, 3.0])
->>> loss, grads = loss_and_grad(params, users, items, ratings, head=bounded(0, 5.5))
->>> predict(params, torch.tensor([[0], [1]]), torch.arange(5), head=bounded(0, 5.5)).shape
+>>> head = bounded(0, 5.5)
+>>> loss, (grad,) = loss_and_grad([join(params)], users, items, ratings, n_users=3, head=head)
+>>> predict(params, torch.tensor([[0], [1]]), torch.arange(5), head=head).shape
 torch.Size([2, 5])
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# Parameters
 
 
 class Params(NamedTuple):
@@ -53,56 +57,72 @@ def init_params(
     return Params(*(draw.fmod_(2).mul_(std) for draw in draws))
 
 
+def join(params: Params) -> Tensor:
+    """One table of all four, (n_users + n_items, K + Q): the users' rows, then the items'.
+
+    It is what is trained: one gather, one sum of gradients and one step of Adam for all four. A row
+    is its factors, then its biases. `split_table` undoes it.
+    """
+    sides = (params.user_factors, params.user_bias), (params.item_factors, params.item_bias)
+    return torch.cat([torch.cat([p, b.reshape(len(b), -1)], 1) for p, b in sides])
+
+
+def split_table(table: Tensor, n_users: int, *, n_outputs: int = 1) -> Params:
+    """The four tables as views of what `join` has made of them."""
+    bias = -1 if n_outputs == 1 else slice(-n_outputs, None)
+    users, items = table[:n_users], table[n_users:]
+    return Params(users[:, :-n_outputs], items[:, :-n_outputs], users[:, bias], items[:, bias])
+
+
+# Heads
+
+
 class Head(NamedTuple):
     """From the sums z of dot product and biases to ratings, and to a loss of them."""
 
     n_outputs: int  # Q: z is (...,) for Q = 1, (..., Q) otherwise
+    slope: float  # d rating / dz at z = 0, in all outputs together
     predict: Callable[[Tensor], Tensor]  # z to ratings (...,)
     loss_and_grad: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # z, ratings to loss, d/dz
-    # The same for batches in turn, of ratings (n, B): a function from the next one's z to d loss /
-    # dz, and one that gives the losses (n,) after the last. What all share is worked out once.
-    in_turn: Callable[[Tensor], tuple[Callable[[Tensor], Tensor], Callable[[], Tensor]]]
-    # z, ratings (B,) to the negative log-likelihood, summed, and its first and expected second
-    # derivative in each z, for `fold_in`
-    newton: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    curvature: Callable[[Tensor], Tensor]  # z to the expected second derivative of a loss, d2/dz2
 
 
-def bounded(low: float, high: float) -> Head:
+def bounded(low: float, high: float, *, mean: float | None = None, unit: float = 1.0) -> Head:
     """A sigmoid into `y_range = (low, high)` and the mean squared error, as in fastai.
 
-    prediction = low + (high - low) sigmoid(z)
-    d loss / dz = 2 (prediction - rating) (high - low) s (1 - s) / B,  s = sigmoid(z)
+        prediction = low + (high - low) s,  s = sigmoid(z + z0)
+        loss = mean over the batch of ((prediction - rating) / unit)^2
+        d loss / dz = 2 (prediction - rating) (high - low) s (1 - s) / unit^2 / B
+
+    At z = 0 the prediction is `mean`, the middle of `y_range` unless given: that makes z0. With a
+    `unit` that goes with the ratings, such as their deviation, training is the same at any scale.
+    ValueError for a mean outside of `y_range`, and for an empty one.
     """
     span = high - low
+    if not span > 0:
+        raise ValueError(f"y_range {low:g} to {high:g} is empty")
+    share = 0.5 if mean is None else (mean - low) / span
+    if not 0 < share < 1:
+        raise ValueError(f"the mean {mean:g} is not between {low:g} and {high:g}")
+    base = math.log(share / (1 - share))
+
+    def squash(z: Tensor) -> Tensor:
+        return torch.sigmoid(z + base if base else z)
 
     def predict(z: Tensor) -> Tensor:
-        return torch.sigmoid(z) * span + low
+        return squash(z) * span + low
 
     def loss_and_grad(z: Tensor, ratings: Tensor) -> tuple[Tensor, Tensor]:
-        s = torch.sigmoid(z)
-        error = s * span + (low - ratings)
-        return error.dot(error) / len(ratings), error * (s - s * s) * (2 * span / len(ratings))
+        s, total = squash(z), len(ratings) * unit**2
+        error = (low - ratings).add_(s, alpha=span)
+        dz = torch.ops.aten.sigmoid_backward(error, s)  # error s (1 - s)
+        return error.dot(error) / total, dz.mul_(2 * span / total)
 
-    def in_turn(ratings: Tensor) -> tuple[Callable, Callable]:
-        n_ratings = ratings.shape[1]
-        # An error, (high - low) s + low - rating, times 2 (high - low) / B: all but the s of it is
-        # known before. Times s (1 - s) it is d loss / dz.
-        scale = 2 * span**2 / n_ratings
-        errors = (low - ratings) * (scale / span)
-        rows = iter(errors.unbind())
+    def curvature(z: Tensor) -> Tensor:
+        s = squash(z)
+        return 2 * (span / unit * s * (1 - s)).square()
 
-        def grad(z: Tensor) -> Tensor:
-            s = torch.sigmoid(z)
-            return torch.ops.aten.sigmoid_backward(next(rows).add_(s, alpha=scale), s)
-
-        return grad, lambda: errors.square().sum(1) * (span**2 / scale**2 / n_ratings)
-
-    def newton(z: Tensor, ratings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        s = torch.sigmoid(z)
-        error, slope = s * span + (low - ratings), span * s * (1 - s)
-        return error.dot(error) / 2, error * slope, slope.square()
-
-    return Head(1, predict, loss_and_grad, in_turn, newton)
+    return Head(1, span * share * (1 - share), predict, loss_and_grad, curvature)
 
 
 def ordinal(levels: Sequence[float], shares: Sequence[float]) -> Head:
@@ -123,8 +143,8 @@ def ordinal(levels: Sequence[float], shares: Sequence[float]) -> Head:
         raise ValueError(f"levels {list(levels)} and shares {list(shares)} do not fit")
     if not all(0 < share < 1 for share in shares):
         raise ValueError(f"shares must be in (0, 1), not {list(shares)}")
-    base = torch.tensor(shares, dtype=torch.float64).logit()
-    lower = torch.tensor(levels[:-1], dtype=torch.float64)
+    share = torch.tensor(shares, dtype=torch.float64)
+    base, lower = share.logit(), torch.tensor(levels[:-1], dtype=torch.float64)
     gaps = torch.tensor(levels, dtype=torch.float64).diff()
 
     def predict(z: Tensor) -> Tensor:
@@ -136,22 +156,64 @@ def ordinal(levels: Sequence[float], shares: Sequence[float]) -> Head:
         loss = torch.nn.functional.binary_cross_entropy_with_logits(z, above, reduction="sum")
         return loss / len(ratings), (torch.sigmoid(z) - above) / len(ratings)
 
-    def in_turn(ratings: Tensor) -> tuple[Callable, Callable]:
-        rows, losses = iter(ratings.unbind()), []
-
-        def grad(z: Tensor) -> Tensor:
-            loss, dz = loss_and_grad(z, next(rows))
-            losses.append(loss)
-            return dz
-
-        return grad, lambda: torch.stack(losses)
-
-    def newton(z: Tensor, ratings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        loss, dz = loss_and_grad(z, ratings)
+    def curvature(z: Tensor) -> Tensor:
         s = torch.sigmoid(z + base.to(z))
-        return loss * len(ratings), dz * len(ratings), s * (1 - s)
+        return s * (1 - s)
 
-    return Head(len(shares), predict, loss_and_grad, in_turn, newton)
+    slope = (gaps * share * (1 - share)).sum().item()
+    return Head(len(shares), slope, predict, loss_and_grad, curvature)
+
+
+# Averages
+
+
+class Averages(NamedTuple):
+    """The mean rating, and how far each user's and each item's ratings lie from it."""
+
+    mean: float
+    users: Tensor  # (n_users,), of the ratings' dtype
+    items: Tensor  # (n_items,)
+
+
+def find_averages(
+    users: Tensor, items: Tensor, ratings: Tensor, *, n_users: int, n_items: int, shrink: float = 5
+) -> Averages:
+    """The averages of `ratings` (N,) of rows `users` and `items`, int64 (N,).
+
+    With r the rating, m the mean of all and each sum over the ratings of an item or a user, n their
+    number,
+
+        offset_item = sum (r - m) / (n + shrink)
+        offset_user = sum (r - m - offset_item) / (n + shrink)
+
+    and m + offset_user + offset_item predicts a rating. With `shrink` above 0 the offset of a row
+    without ratings is 0.
+    Source: Koren 2008, "Factorization meets the neighborhood", section 2.1, whose offsets these
+    are, found one after the other as in Bell & Koren 2007.
+    """
+    mean = ratings.mean(dtype=torch.float64).item()
+    rest, offsets = ratings - mean, []
+    for rows, n_rows in ((items, n_items), (users, n_users)):
+        counts = torch.bincount(rows, minlength=n_rows)
+        offsets.append(rest.new_zeros(n_rows).index_add_(0, rows, rest) / (counts + shrink))
+        rest -= offsets[-1][rows]
+    return Averages(mean, offsets[1], offsets[0])
+
+
+def find_center(params: Params, averages: Averages, *, head: Head) -> Params:
+    """Zeros of the shapes of `params`, but for first biases that predict the averages.
+
+    Params that decay towards it, rather than towards zero, are near the averages where ratings are
+    few. To first order: a bias is the offset over the slope of the head's prediction, the same for
+    all of the head's outputs. Rows beyond those of the averages are of other features than the id.
+    """
+    center = Params(*map(torch.zeros_like, params))
+    for bias, offsets in ((center.user_bias, averages.users), (center.item_bias, averages.items)):
+        bias[: len(offsets)] = (offsets / head.slope).view(-1, *[1] * (bias.dim() - 1))
+    return center
+
+
+# Prediction, loss and gradient
 
 
 def predict(
@@ -169,15 +231,15 @@ def predict(
     """
     if context is not None and users.dim() != 1:
         raise ValueError(f"with context, users must be (B,), not {tuple(users.shape)}")
-    user_bias, item_bias = _rows(params.user_bias, users), _rows(params.item_bias, items)
+    user_bias, item_bias = params.user_bias[users], params.item_bias[items]
     if users.dim() == 2 and users.shape[1] == 1 and items.dim() == 1:
         dot = params.user_factors[users[:, 0]] @ params.item_factors[items].T
     else:
-        p = _rows(params.user_factors, users)
+        p = params.user_factors[users]
         if context is not None:
             p = p + context @ params.user_factors[-context.shape[1] :]
             user_bias = user_bias + context @ params.user_bias[-context.shape[1] :]
-        dot = (p * _rows(params.item_factors, items)).sum(-1)
+        dot = (p * params.item_factors[items]).sum(-1)
     if head.n_outputs > 1:
         dot = dot.unsqueeze(-1)
     return head.predict(dot + user_bias + item_bias)
@@ -192,30 +254,28 @@ def predict_all(members: Sequence[Params], users: Tensor, *, head: Head) -> Tens
     return total.div_(len(members)) if len(members) > 1 else total
 
 
-def _rows(table: Tensor, rows: Tensor) -> Tensor:
-    """`table[rows]` in a fifth of its time."""
-    return table.index_select(0, rows.reshape(-1)).view(*rows.shape, *table.shape[1:])
-
-
+@torch.inference_mode()  # a fifth less of a small batch's time; nothing here is differentiated
 def loss_and_grad(
-    params: Params,
+    params: Sequence[Tensor],
     users: Tensor,
     items: Tensor,
     ratings: Tensor,
     context: Tensor | None = None,
     *,
+    n_users: int,
     head: Head,
     dropout: float = 0.0,
     generator: torch.Generator | None = None,
     rand: Callable[..., Tensor] = torch.rand,
-) -> tuple[Tensor, Params]:
-    """The head's loss of a batch, and its gradient in every table, derived by hand.
+) -> tuple[Tensor, list[Tensor]]:
+    """The head's loss of a batch, and its gradient, derived by hand.
 
-    `users` and `items` int64 (B,), `ratings` (B,), `context` (B, J) or None. With dz the head's
-    d loss / dz, a bias gets the sum of dz over the pairs it takes part in, and a row of factors the
-    sum of dz times the other side's row. `dropout` is the share of the K products of each pair left
-    out of its dot product, drawn from `generator` by `rand`, called as `torch.rand`; the rest is
-    scaled up.
+    `params` is one table, as `join` makes it, with `n_users` rows of users; so is the gradient.
+    `users` and `items` int64 (B,), `ratings` (B,), `context` (B, J) or None, for which the last J
+    of the users' rows are. With dz the head's d loss / dz, a row's biases get the sum of dz over
+    its pairs, its factors the sum of dz times the other side's factors. `dropout` is the share of
+    the K products of each pair left out of its dot product, drawn from `generator` by `rand`,
+    called as `torch.rand`; the rest is scaled up.
 
     Any other shape is a ValueError and never broadcast: (B,) against (B, 1) would average over
     B x B pairs, which trains the biases alone and looks like a result.
@@ -223,90 +283,35 @@ def loss_and_grad(
     if not users.shape == items.shape == ratings.shape or users.dim() != 1 or not len(users):
         shapes = ", ".join(str(tuple(t.shape)) for t in (users, items, ratings))
         raise ValueError(f"users, items and ratings must be (B,), not {shapes}")
-    p, q = _rows(params.user_factors, users), _rows(params.item_factors, items)  # (B, K)
-    user_bias = _rows(params.user_bias, users)  # (B,) or (B, Q)
+    (table,) = params
+    n_factors = table.shape[1] - head.n_outputs
+    items = items + n_users
+    rows, there = torch.cat([users, items]), torch.cat([items, users])
+    pairs = table.index_select(0, rows).view(2, len(users), -1)  # users' rows, items' (2, B, C)
     if context is not None:
-        n_context = context.shape[1]
-        p = p + context @ params.user_factors[-n_context:]
-        user_bias = user_bias + context @ params.user_bias[-n_context:]
+        moments = slice(n_users - context.shape[1], n_users)
+        pairs[0].addmm_(context, table[moments])
+    p, user_bias = pairs[0].tensor_split([n_factors], 1)
+    q, item_bias = pairs[1].tensor_split([n_factors], 1)  # (B, K), (B, Q)
     if dropout:
         # Half the time of bernoulli_.
-        draw = rand(q.shape, generator=generator, dtype=q.dtype)
-        kept = draw.ge_(dropout).div_(1 - dropout)
-        q = q * kept
-    dot = (p * q).sum(1, keepdim=head.n_outputs > 1)
-    loss, dz = head.loss_and_grad(dot + user_bias + _rows(params.item_bias, items), ratings)
-    column = _sum_outputs(dz)
-    dp, dq = q * column, p * column
+        kept = rand(q.shape, generator=generator, dtype=q.dtype).ge_(dropout).div_(1 - dropout)
+        p *= kept
+    z = (p * q).sum(1, keepdim=True) + user_bias + item_bias
+    loss, dz = head.loss_and_grad(z if head.n_outputs > 1 else z.view(-1), ratings)
+    dz = dz.view(z.shape)
     if dropout:
-        dq *= kept
-    grads = Params(
-        torch.zeros_like(params.user_factors).index_add_(0, users, dp),
-        torch.zeros_like(params.item_factors).index_add_(0, items, dq),
-        torch.zeros_like(params.user_bias).index_add_(0, users, dz),
-        torch.zeros_like(params.item_bias).index_add_(0, items, dz),
-    )
+        q *= kept
+    # A side's gradient is a multiple of the other side's rows: made where these are, summed there.
+    grads = pairs.mul_(dz if head.n_outputs == 1 else dz.sum(1, keepdim=True))
+    grads[:, :, n_factors:] = dz
+    grad = torch.zeros_like(table).index_add_(0, there, grads.view(len(rows), -1))
     if context is not None:
-        grads.user_factors[-n_context:] += context.T @ dp
-        grads.user_bias[-n_context:] += context.T @ dz
-    return loss, grads
+        grad[moments].addmm_(context.T, grads[1])
+    return loss, [grad]
 
 
-def _sum_outputs(dz: Tensor) -> Tensor:
-    """d loss / d dot product, (B, 1), of d loss / dz, (B,) or (B, Q)."""
-    return dz.unsqueeze(1) if dz.dim() == 1 else dz.sum(1, keepdim=True)
-
-
-def join(params: Params) -> Tensor:
-    """One table of all four, (n_users + n_items, K + Q + 0 to 3): the users' rows, then the items'.
-
-    A row is its factors, its biases, and zeros up to a multiple of four columns, in which rows are
-    moved about two to four times as fast. `split_table` undoes it.
-    """
-    sides = (params.user_factors, params.user_bias), (params.item_factors, params.item_bias)
-    rows = torch.cat([torch.cat([p, b.reshape(len(b), -1)], 1) for p, b in sides])
-    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % 4))
-
-
-def split_table(table: Tensor, n_users: int, *, n_factors: int, n_outputs: int = 1) -> Params:
-    """The four tables as views of what `join` has made of them."""
-    factors, bias = _columns(n_factors, n_outputs)
-    users, items = table[:n_users], table[n_users:]
-    return Params(users[:, factors], items[:, factors], users[:, bias], items[:, bias])
-
-
-def _columns(n_factors: int, n_outputs: int) -> tuple:
-    """Where `join` puts factors and biases."""
-    bias = n_factors if n_outputs == 1 else slice(n_factors, n_factors + n_outputs)
-    return slice(n_factors), bias
-
-
-def pair_loss_and_grad_(
-    pairs: Tensor, grads: Tensor, ratings: Tensor, *, n_factors: int, head: Head
-) -> tuple[Callable[[], None], Callable[[], Tensor]]:
-    """`loss_and_grad` of gathered rows of `join`'s table, for the batches `ratings` (n, B) in turn.
-
-    `pairs` (2, B, C) holds the users' rows of a batch, then the items'. Returns two functions. A
-    call of the first goes on to the next batch and writes to `grads`, of the same shape, the
-    gradient of the items' rows, then of the users': but for the biases one product, since each is a
-    multiple of the other side's row. The second gives the losses (n,) after the last batch.
-    """
-    factors, bias = _columns(n_factors, head.n_outputs)
-    p, q = pairs[:, :, factors]
-    user_bias, item_bias = pairs[:, :, bias]
-    bias_grads = grads[:, :, bias]
-    row, column = p.unsqueeze(1), q.unsqueeze(2)
-    product = pairs.new_empty(len(p), 1, 1)
-    dot = product[:, 0] if head.n_outputs > 1 else product[:, 0, 0]  # (B, 1) or (B,)
-    grad, losses = head.in_turn(ratings)
-
-    def compute_() -> None:
-        torch.bmm(row, column, out=product)  # the fastest of torch's ways to dot products of rows
-        dz = grad(torch.add(user_bias, dot).add_(item_bias))
-        torch.mul(pairs, _sum_outputs(dz), out=grads)
-        bias_grads.copy_(dz)
-
-    return compute_, losses
+# Unknown and new users and items
 
 
 def fill_unseen(params: Params, seen_users: Tensor, seen_items: Tensor) -> Params:
@@ -316,20 +321,11 @@ def fill_unseen(params: Params, seen_users: Tensor, seen_items: Tensor) -> Param
     training left near zero would be a prediction in the middle of `y_range`. `seen_users` bool
     (n_users,), `seen_items` bool (n_items,); rows beyond these are left alone.
     """
-
-    def fill(table: Tensor, seen: Tensor) -> Tensor:
-        if seen.all():
-            return table
-        filled = table.clone()
-        filled[: len(seen)][~seen] = table[: len(seen)][seen].mean(0)
-        return filled
-
-    return Params(
-        fill(params.user_factors, seen_users),
-        fill(params.item_factors, seen_items),
-        fill(params.user_bias, seen_users),
-        fill(params.item_bias, seen_items),
-    )
+    tables = []
+    for table, seen in zip(params, (seen_users, seen_items) * 2, strict=True):
+        tables.append(table.clone())
+        tables[-1][: len(seen)][~seen] = table[: len(seen)][seen].mean(0)
+    return Params(*tables)
 
 
 def append_average(params: Params, seen_users: Tensor, seen_items: Tensor) -> Params:
@@ -377,10 +373,10 @@ def fold_in(
     `item_factors` (N, K) and `item_bias` (N,) or (N, Q) are the rows of the items rated. The row
     x = (p, b) is the one of the greatest posterior density,
 
-        argmin_x  nll(ratings | z(x)) / noise + sum_k (x_k - mean_k)^2 / (2 variance_k)
+        argmin_x  N loss(z(x), ratings) / noise + sum_k (x_k - mean_k)^2 / (2 variance_k)
 
-    with z(x)_i = p . q_i + b + item_bias_i. `noise` is the variance of ratings around predictions
-    for `bounded`, such as its loss in training, and 1 for `ordinal`. Were the predictions linear in
+    with z(x)_i = p . q_i + b + item_bias_i. `noise` is 1 for `ordinal`, and for `bounded` twice the
+    mean squared error of predictions, such as the loss in training. Were the predictions linear in
     x, as they nearly are, this would be a ridge problem: K + Q equations. These are solved exactly
     with the slope at the current x, until x stands still (Newton's method with the expected
     curvature, its step halved while the sum rises), for 50 steps at most. For `bounded`, of which
@@ -388,49 +384,34 @@ def fold_in(
     Source: the user's half of alternating least squares, Zhou et al. 2008, "Large-scale parallel
     collaborative filtering for the Netflix prize", section 3, with a prior from the other users.
     """
-    n_factors = item_factors.shape[1]
-    q, item_bias, ratings = (t.double() for t in (item_factors, item_bias, ratings))
-    precision = 1 / prior.variance
-    if not len(ratings):
-        return _split_row(prior.mean, n_factors, head, item_factors.dtype)
+    n_factors, n_outputs, scale = item_factors.shape[1], head.n_outputs, len(ratings) / noise
+    item_bias, ratings, precision = item_bias.double(), ratings.double(), 1 / prior.variance
+    # A line for each z: d z / d x.
+    each = torch.eye(n_outputs, dtype=torch.float64).repeat(len(ratings), 1)
+    design = torch.cat([item_factors.double().repeat_interleave(n_outputs, 0), each], 1)
 
-    def find_z(x: Tensor) -> Tensor:
-        factors, bias = _split_row(x, n_factors, head, x.dtype)
-        dot = q @ factors
-        return (dot.unsqueeze(1) if head.n_outputs > 1 else dot) + bias + item_bias
-
-    def penalty(x: Tensor) -> Tensor:
-        return (precision * (x - prior.mean).square()).sum() / 2
+    def posterior(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z = (design @ x).view(item_bias.shape) + item_bias
+        loss, dz = head.loss_and_grad(z, ratings)
+        away = x - prior.mean
+        slope = design.T @ dz.reshape(-1) * scale + precision * away
+        return loss * scale + (precision * away.square()).sum() / 2, slope, z
 
     x = prior.mean.clone()
-    for _ in range(50):
-        nll, dz, curvature = head.newton(find_z(x), ratings)
-        dz, curvature = (t.reshape(len(q), -1) / noise for t in (dz, curvature))
-        slope = torch.cat([q.T @ dz.sum(1), dz.sum(0)]) + precision * (x - prior.mean)
-        ridge = torch.diag(precision) + _sum_curvature(q, curvature)
-        step, before = torch.linalg.solve(ridge, slope), nll / noise + penalty(x)
-        while step.abs().max() > 1e-9:
-            if head.newton(find_z(x - step), ratings)[0] / noise + penalty(x - step) <= before:
-                break
+    for _ in range(50 if len(ratings) else 0):
+        before, slope, z = posterior(x)
+        ridge = design.T @ (design * head.curvature(z).reshape(-1, 1) / noise)
+        step = torch.linalg.solve(ridge + torch.diag(precision), slope)
+        while step.abs().max() > 1e-9 and posterior(x - step)[0] > before:
             step = step / 2
         x = x - step
         if step.abs().max() < 1e-6:
             break
-    return _split_row(x, n_factors, head, item_factors.dtype)
+    bias = x[n_factors:] if n_outputs > 1 else x[n_factors]
+    return x[:n_factors].to(item_factors), bias.to(item_factors)
 
 
-def _sum_curvature(q: Tensor, curvature: Tensor) -> Tensor:
-    """sum_i sum_q c_iq j_iq j_iq^T, j_iq = (q_i, e_q): (K + Q, K + Q) of (N, K) and (N, Q)."""
-    mixed = q.T @ curvature
-    of_factors = (q * curvature.sum(1, keepdim=True)).T @ q
-    return torch.cat(
-        [torch.cat([of_factors, mixed], 1), torch.cat([mixed.T, curvature.sum(0).diag()], 1)]
-    )
-
-
-def _split_row(row: Tensor, n_factors: int, head: Head, dtype: torch.dtype) -> tuple:
-    factors, bias = _columns(n_factors, head.n_outputs)
-    return row[factors].to(dtype), row[bias].to(dtype)
+# Similar items, components
 
 
 def find_similar(item_factors: Sequence[Tensor], item: int) -> Tensor:
@@ -460,60 +441,44 @@ def find_components(item_factors: Sequence[Tensor], n: int = 2) -> Tensor:
     return places * places.gather(0, furthest).sign()
 
 
+# Features
+
+
 class Features(NamedTuple):
-    """What the rows of both sides are made of: sparse matrices, each a triple of tensors.
+    """What the rows of users and items are made of: a sparse matrix and its transpose.
 
-    The triple is (starts, columns, values) as in `torch.nn.functional.embedding_bag`: row r has
+    A matrix is (starts, columns, values) as in `torch.nn.functional.embedding_bag`: row r has
     `columns` (int64) and `values` from `starts[r]` to `starts[r + 1]`, (n_rows + 1,) of them.
+    Rows and columns are in the order of `join`: users', then items'.
     """
 
-    users: tuple[Tensor, Tensor, Tensor]  # (n_users, F)
-    items: tuple[Tensor, Tensor, Tensor]  # (n_items, G)
-    users_transposed: tuple[Tensor, Tensor, Tensor]  # (F, n_users)
-    items_transposed: tuple[Tensor, Tensor, Tensor]  # (G, n_items)
+    matrix: tuple[Tensor, Tensor, Tensor]  # (n_users + n_items, F + G)
+    transposed: tuple[Tensor, Tensor, Tensor]  # (F + G, n_users + n_items)
 
 
-def embed(params: Params, features: Features) -> Params:
-    """Tables of users and items from tables of features: a row is the sum of its features' rows.
+def embed(table: Tensor, matrix: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """`matrix` times `table`: rows of users and items, each the sum of its features' rows.
 
-    `params` has F and G rows, the result n_users and n_items, and is what `predict` takes. With
-    identity matrices the two are the same: a model of ids alone. Source: Rendle 2010,
-    "Factorization machines", without the products inside a side; SVD++ is the case of the user's id
-    and rated items.
+    From a table of F + G features (F + G, C) it makes one of users and items, (n_users + n_items,
+    C). With the identity as matrix the two are the same: a model of ids alone.
+    Source: Rendle 2010, "Factorization machines", without the products inside a side; SVD++ is the
+    case of the user's id and rated items.
     """
-    return _multiply(features.users, features.items, params)
+    starts, columns, values = matrix
+    # Twice as fast here as a product of torch's sparse CSR matrix.
+    return torch.nn.functional.embedding_bag(
+        columns, table, starts, mode="sum", per_sample_weights=values, include_last_offset=True
+    )
 
 
 def embedded_loss_and_grad(
-    params: Params, *batch: Tensor, features: Features, **options
-) -> tuple[Tensor, Params]:
-    """`loss_and_grad` of `embed(params, features)`, with the gradient in the features' tables.
+    params: Sequence[Tensor], *batch: Tensor, features: Features, **options
+) -> tuple[Tensor, list[Tensor]]:
+    """`loss_and_grad` of the table that `embed` makes, with the gradient in the features' table.
 
     `batch` and `options` are those of `loss_and_grad`, rows of users and items in `batch`; `params`
-    and the gradient have F and G rows. A row is linear in its features' rows, so the gradient comes
+    and the gradient have F + G rows. A row is linear in its features' rows, so the gradient comes
     back through the transpose.
     """
-    loss, grads = loss_and_grad(embed(params, features), *batch, **options)
-    return loss, _multiply(features.users_transposed, features.items_transposed, grads)
-
-
-def _multiply(users: tuple, items: tuple, params: Params) -> Params:
-    """Both sides' matrices times their tables, factors and biases in one pass over the indices."""
-    tables = []
-    for (starts, columns, values), factors, bias in (
-        (users, params.user_factors, params.user_bias),
-        (items, params.item_factors, params.item_bias),
-    ):
-        n_factors = factors.shape[1]
-        # Twice as fast here as a product of torch's sparse CSR matrix.
-        product = torch.nn.functional.embedding_bag(
-            columns,
-            torch.cat([factors, bias.reshape(len(bias), -1)], 1),
-            starts,
-            mode="sum",
-            per_sample_weights=values,
-            include_last_offset=True,
-        )
-        tables.append((product[:, :n_factors], product[:, n_factors:].reshape(-1, *bias.shape[1:])))
-    (user_factors, user_bias), (item_factors, item_bias) = tables
-    return Params(user_factors, item_factors, user_bias, item_bias)
+    loss, grads = loss_and_grad([embed(params[0], features.matrix)], *batch, **options)
+    return loss, [embed(grads[0], features.transposed)]

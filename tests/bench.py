@@ -1,19 +1,22 @@
 """Measure speed, each thing beside what it is compared with: `python tests/bench.py`.
 
-What is compared takes turns after a warm-up, so that a shared machine's load falls on all alike; a
-line has the median, the range, and how many times faster than the line that it names. Only ratios
-within a run count. `--scale` measures sets of 1, 5 and 25 million ratings instead (`scale.py`, made
-once and kept). Peers are measured where `tests/peers.py --install` has put them.
+What is compared takes turns, so that a shared machine's load falls on all alike; a line has the
+median, the range, and how many times faster than the line that it names. Only ratios within a run
+count. `--scale` measures sets of 1, 5 and 25 million ratings instead (`scale.py`, made once and
+kept), `--ratings FILE` a fit of the default recipe on a table of one's own beside cmfrec's. Peers
+are measured where `tests/peers.py --install` has put them.
 """
 
 import itertools
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -34,12 +37,13 @@ import train
 ROOT = Path(collab.__file__).resolve().parent
 FASTAI = collab.RECIPES["fastai"]
 FILE = click.Path(path_type=Path)
-PEERS = ("surprise", "cornac", "lenskit", "fastai")
-LARGE_BATCH = 2048
-JOB_SIZE = 5_000_000  # ratings of the whole job from file to model
-# Chosen on a tenth held out of the training part of 5 million ratings.
-LARGE_OPTIONS = "--n-factors 12 --batch-size 4096 --epochs 1 --lr-max 0.03"
-LARGE_OPTIONS += " --weight-decay 0.1 --bias-decay 0.004"
+PEERS = ("surprise", "cornac", "cmfrec", "lenskit", "fastai")
+# Chosen on a tenth held out of the training part of 5 million.
+LARGE_OPTIONS = "--n-factors 12 --epochs 3 --lr-max 0.02 --weight-decay 0.15"
+THREADS = 2  # for large sets, ours and theirs
+JOB_SIZE = 5_000_000  # ratings from which on whole jobs are compared
+LARGE_JOBS = {JOB_SIZE: {"cornac": (), "cmfrec": (12, 6)}}
+OWN_JOBS = {"cmfrec": (40, 8)}  # on a table of one's own: factors, iterations
 
 
 def timed(function, *arguments):
@@ -56,6 +60,12 @@ def alternate(measures, repeats):
     for _, (name, measure) in itertools.product(range(repeats), measures.items()):
         seconds[name].append(measure())
     return seconds
+
+
+def apart(function, *arguments):
+    """Call in a process of its own: the peak memory of children begins with this one's."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def show(seconds, against):
@@ -120,20 +130,20 @@ def notebooks_loop(task):
     return 10 * timed(epoch)
 
 
-def time_to(task, mse, seeds):
-    """Seconds of the default recipe, evaluations too, to the first epoch with at most this MSE."""
+def time_to(training, mse, seeds):
+    """Seconds of a `collab.Training`, evaluations too, to the first epoch with at most this MSE."""
     start = time.perf_counter()
-    for _, row in collab.fit(task, options=collab.RECIPES["default"], seed=next(seeds)):
+    for _, row in collab.fit(training.task, options=training.options, seed=next(seeds)):
         if row["mse"] <= mse:
             return time.perf_counter() - start
-    raise ValueError(f"the default recipe ends at {row['mse']:.4f}, above {mse}")
+    name = training.figures["recipe"]
+    raise ValueError(f"the recipe {name} ends at {row['mse']:.4f}, above {mse}")
 
 
-def evaluation(task, params, head):
+def evaluation(task, table, head):
     """What `collab.fit` does after an epoch."""
-    tables = collab.to_rows(params, task.features, task.seen)
-    predict = partial(model.predict, tables, head=head)
-    return train.evaluate(predict, *task.test, clip=(1, 5))
+    rows = collab.to_rows(table, task.features, ids=task.ids, seen=task.seen, head=head)
+    return train.evaluate(partial(model.predict, rows, head=head), *task.test, clip=(1, 5))
 
 
 def load(path, split):
@@ -160,14 +170,13 @@ def first_line(*arguments):
 def compare_loops(task, threads, repeats):
     """The notebook's way, ours; then what does not take a whole loop."""
     torch.set_num_threads(threads)
-    generator = torch.Generator().manual_seed(0)
-    params = model.init_params(*map(len, task.ids), n_factors=40, generator=generator)
-    head = model.bounded(0.0, 5.5)
+    generator, head = torch.Generator().manual_seed(0), model.bounded(0.0, 5.5)
+    table = model.join(model.init_params(*task.sizes, n_factors=40, generator=generator))
     loops = {
         f"fastai's settings, the notebook's way, threads {threads}": partial(notebooks_loop, task),
         f"fastai's settings, ours, threads {threads}": partial(our_loop, task, FASTAI),
     }
-    evaluate = partial(timed, evaluation, task, params, head)
+    evaluate = partial(timed, evaluation, task, table, head)
     seconds = alternate(loops, repeats)
     show(seconds, next(iter(loops)))
     once = alternate({f"evaluation, {len(task.test[2]):,} rows, threads {threads}": evaluate}, 50)
@@ -192,17 +201,17 @@ def compare_start(path, folder, repeats):
     return seconds
 
 
-def compare_peers(task, frames, folder, venvs, repeats):
+def compare_peers(training, source, folder, venvs, repeats):
     """Whole fits of the installed peers on ua, our loops and times to an error in between."""
     torch.set_num_threads(1)
-    path = data.get_ml_100k()
-    peers.write_task(folder, *frames, data.read_users(path), data.read_items(path))
+    frames = data.split(source.ratings, "ua")
+    peers.write_task(folder, *frames, source.users, source.items)
     ready = peers.prepare(PEERS, venvs, is_install=False)
     seeds = itertools.count()
     ours = {
-        "ours, fastai's settings": partial(our_loop, task, FASTAI),
-        "ours, default recipe to test MSE 0.8997": partial(time_to, task, 0.8997, seeds),
-        "ours, default recipe to test MSE 0.8631": partial(time_to, task, 0.8631, seeds),
+        "ours, fastai's settings": partial(our_loop, training.task, FASTAI),
+        "ours, default recipe to test MSE 0.8997": partial(time_to, training, 0.8997, seeds),
+        "ours, default recipe to test MSE 0.8631": partial(time_to, training, 0.8631, seeds),
     }
     seconds = {}
     for _ in range(repeats):
@@ -211,7 +220,7 @@ def compare_peers(task, frames, folder, venvs, repeats):
                 seconds.setdefault(row["system"], []).append(row["seconds"])
         for name, measure in ours.items():
             seconds.setdefault(name, []).append(measure())
-    for against in ("fastai", "Cornac"):
+    for against in ("fastai", "Cornac", "cmfrec"):
         if base := next((name for name in seconds if name.startswith(against)), None):
             click.echo(f"\nBeside {base}:")
             show(seconds, base)
@@ -225,7 +234,7 @@ def make_once(folder, n_ratings):
         click.echo(f"making {path}", err=True)
         folder.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(".part")
-        scale.make(beside, n_ratings)
+        apart(scale.make, beside, n_ratings)
         os.replace(beside, path)
     return path
 
@@ -251,34 +260,19 @@ def train_child(path, folder, *options):
     return json.loads(metrics.read_text()) | {"job_seconds": seconds, "peak_mib": peak}
 
 
-def recommend_child(path, folder, options):
+def recommend_child(path, folder):
     """Seconds and peak MiB of `recommend --all-users` from a model of one epoch."""
-    saved, output = folder / "model.pt", folder / "recommended.parquet"
-    run_child(
-        ROOT / "collab.py",
-        "train",
-        "--ratings",
-        path,
-        *options[:4],
-        "--epochs",
-        "1",
-        "--save",
-        saved,
-    )
-    line, seconds, peak = run_child(
-        ROOT / "collab.py", "recommend", saved, "--all-users", "--output", output
-    )
-    click.echo(
-        f"{line.strip()}: {seconds:.1f} s, peak {peak:.0f} MiB".replace(str(output), "a file")
-    )
+    saved, output, command = folder / "model.pt", folder / "top.parquet", ROOT / "collab.py"
+    short = "--threads", THREADS, "--epochs", "1"
+    run_child(command, "train", "--ratings", path, *short, "--save", saved)
+    line, seconds, peak = run_child(command, "recommend", saved, "--all-users", "--output", output)
+    line = line.strip().replace(str(output), "a file")
+    click.echo(f"{line}: {seconds:.1f} s, peak {peak:.0f} MiB")
     return {"seconds": seconds, "peak_mib": peak}
 
 
 def compare_loading(path, venvs, repeats):
     """CSV to tensors, split and index included, beside pandas.read_csv alone, each a process."""
-    code = "import sys; sys.path[:0] = sys.argv[1:3]; import bench; from pathlib import Path;"
-    code += "print(bench.timed(bench.load, Path(sys.argv[3]), 'random'))"
-    places = ROOT, ROOT / "tests", path
     pandas = [venvs / name / "bin" / "python" for name in ("lenskit", "fastai")]
     seconds = {}
     for _ in range(repeats):
@@ -288,85 +282,100 @@ def compare_loading(path, venvs, repeats):
             )
             version, taken, _ = output.split()
             seconds.setdefault(f"pandas {version} read_csv", []).append(float(taken))
-        taken = float(run_child("-c", code, *places)[0])
+        taken = apart(timed, load, path, "random")
         seconds.setdefault("ours, to tensors", []).append(taken)
     show(seconds, next(iter(seconds)))
     return seconds
 
 
-def fused_steps(sizes, columns, n_steps):
-    """Seconds of steps by autograd and torch's fused AdamW."""
-    net = Notebook(*sizes)
-    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+def our_steps(task, options, batches):
+    """Seconds a step of `batches`, by hand."""
+    job = collab.make_job(task, options=options, seed=0)
+    params, parts = collab.set_up_member(job, schedule.constant(lr=0.01))
+    init, update_ = parts["optimizer"]
+    state = init(params)
 
     def steps():
-        for users, items, ratings in itertools.islice(zip(*columns, strict=True), n_steps):
+        for step, batch in enumerate(batches):
+            _, grads = parts["loss_and_grad"](params, *batch)
+            update_(params, grads, state, step)
+
+    return timed(steps) / len(batches)
+
+
+def fused_steps(task, options, batches):
+    """Seconds a step of `batches`, by autograd and torch's fused AdamW."""
+    net = Notebook(*task.sizes, options["n_factors"])
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, fused=True)
+
+    def steps():
+        for users, items, ratings in batches:
             optimizer.zero_grad()
             torch.nn.functional.mse_loss(net(users, items), ratings).backward()
             optimizer.step()
 
-    return timed(steps) / n_steps
+    return timed(steps) / len(batches)
 
 
-def compare_steps(path, threads, repeats):
-    """Seconds a step at 40 factors and `LARGE_BATCH`: ours, dense by hand, torch's fused AdamW."""
+def measure_steps(path, threads, repeats):
+    """Seconds a step of the default recipe, torch's and ours, at its batch for the ratings."""
     torch.set_num_threads(threads)
-    part, _, ids = load(path, "random")
-    sizes, n_steps = tuple(map(len, ids)), min(100, len(part.ratings) // LARGE_BATCH)
-    few = min(10, n_steps)  # of the slow ones
-    rows = torch.randperm(len(part.ratings))[: n_steps * LARGE_BATCH]
-    task = collab.Task(tuple(column[rows] for column in part), (), ids, (), None)
-    options = collab.RECIPES["default"] | {"batch_size": LARGE_BATCH, "epochs": 1}
-    options |= {"weight_decay": 0.01, "bias_decay": 0.001}
-    batches = [column.split(LARGE_BATCH) for column in task.train]
-    params = model.init_params(*sizes, n_factors=40, generator=torch.Generator().manual_seed(0))
-
-    def dense():
-        optimizer = schedule.adamw(schedule.constant(lr=0.01), weight_decay=0.01)
-        loss_and_grad = partial(model.loss_and_grad, head=model.bounded(0.5, 5.5))
-        columns = [column[: few * LARGE_BATCH] for column in task.train]
-        (epoch,) = train.fit(
-            params,
-            *columns,
-            loss_and_grad=loss_and_grad,
-            optimizer=optimizer,
-            n_epochs=1,
-            batch_size=LARGE_BATCH,
-            generator=torch.Generator().manual_seed(0),
-        )
-        return epoch.seconds / few
-
+    task, options, *_ = collab.set_up(collab.read(ratings=path))
+    size = options["batch_size"]
+    rows = torch.randperm(len(task.train[2]))[: 20 * size].split(size)
+    batches = [[column[each] for column in task.train] for each in rows if len(each) == size]
+    ways = {"autograd and AdamW(fused=True)": fused_steps, "ours": our_steps}
     measures = {
-        "a step, dense, by hand": dense,
-        "a step, autograd and AdamW(fused=True)": partial(fused_steps, sizes, batches, few),
-        "a step, ours": lambda: our_loop(task, options) / n_steps,
+        f"a step of {size:,} ratings, {name}": partial(way, task, options, batches)
+        for name, way in ways.items()
     }
-    seconds = alternate(measures, repeats)
-    show(seconds, next(iter(measures)))
-    return seconds
+    return alternate(measures, repeats)
 
 
-def compare_jobs(path, folder, venvs, repeats):
-    """From a CSV file to a trained model: Cornac's MF, and ours with `LARGE_OPTIONS`."""
-    for name, part in zip(
-        ("train", "test"), data.split(data.read_ratings(path), "random"), strict=True
-    ):
+def write_split(path, folder):
+    """Write the random split that `collab.py train` makes of a file, for peers' jobs."""
+    parts = collab.cut(collab.read(ratings=path).ratings, "random", seed=0)
+    for name, part in zip(("train", "test"), parts, strict=True):
         part.select("user", "item", "rating").write_csv(folder / f"{name}.csv")
-    seconds, errors = {}, {}
-    python = venvs / "cornac" / "bin" / "python"
+
+
+def run_job(name, arguments, folder, venvs):
+    """What a peer's job writes of the split in `folder`; None where the peer is not there."""
+    python, script = venvs / name / "bin" / "python", peers.FOLDER / f"{name}_job.py"
+    if not python.exists():
+        peers.notice(f"{name}: skipped, {python} is not there")
+        return None
+    peers.run([python, script, folder, time.time(), *arguments], THREADS)
+    return json.loads((folder / "results.json").read_text())
+
+
+def compare_jobs(path, folder, venvs, repeats, *, jobs, options):
+    """Jobs of peers and `collab.py train` with `options` on a file, in turn.
+
+    `jobs` are `{peer: arguments}`. Ours reads the file, cuts it and is tested after each epoch,
+    theirs read what was cut.
+    """
+    apart(write_split, path, folder)
+    runs = {}
     for _ in range(repeats):
-        if python.exists():
-            peers.run([python, peers.FOLDER / "cornac_job.py", folder, time.time()])
-            result = json.loads((folder / "results.json").read_text())
-            seconds.setdefault(result["system"], []).append(result["seconds"])
-            errors.setdefault(result["system"], []).append(result["mse"])
-        figures = train_child(path, folder, *LARGE_OPTIONS.split())
-        seconds.setdefault("ours, whole process", []).append(figures["job_seconds"])
-        errors.setdefault("ours, whole process", []).append(figures["mse"])
-    show(seconds, next(iter(seconds)))
-    for name, values in errors.items():
-        click.echo(f"{name:58} test MSE {statistics.mean(values):.4f}")
-    return seconds | {f"{name}, test MSE": values for name, values in errors.items()}
+        for name, arguments in jobs.items():
+            if result := run_job(name, arguments, folder, venvs):
+                runs.setdefault(result["system"], []).append(result)
+        figures = train_child(path, folder, "--threads", THREADS, *options.split())
+        figures["seconds"] = figures["job_seconds"]
+        runs.setdefault("ours", []).append(figures)
+    for name, what in (("seconds", "file to model"), ("fit_seconds", "fit alone")):
+        seconds = {
+            f"{system}, {what}": [result[name] for result in results]
+            for system, results in runs.items()
+            if name in results[0]
+        }
+        show(seconds, next(iter(seconds)))
+    for system, results in runs.items():
+        line = f"{system:58} test MSE {statistics.mean(r['mse'] for r in results):.4f}"
+        peak = max(result.get("peak_mib", 0) for result in results)
+        click.echo(f"{line}, peak {peak:.0f} MiB" if peak else line)
+    return runs
 
 
 def measure_scale(sizes, kept, folder, venvs, repeats):
@@ -374,49 +383,48 @@ def measure_scale(sizes, kept, folder, venvs, repeats):
     figures = {}
     for size in sizes:
         path = make_once(kept, size)
-        click.echo(f"\n{size:,} ratings, threads 2")
-        options = ["--batch-size", LARGE_BATCH, "--threads", "2", "--epochs", "2"]
-        trained = train_child(path, folder, *options)
+        click.echo(f"\n{size:,} ratings, threads {THREADS}")
+        trained = train_child(path, folder, "--threads", THREADS)
         epochs = [row["seconds"] for row in trained["epochs"]]
         line = (
-            "load {load_seconds:.2f} s, epoch {:.2f} s, peak {peak_mib:.0f} MiB, test MSE {mse:.4f}"
+            "load {load_seconds:.2f} s, epoch {:.2f} s, fit {fit_seconds:.2f} s, "
+            "peak {peak_mib:.0f} MiB, test MSE {mse:.4f}"
         )
         click.echo(line.format(statistics.mean(epochs), **trained))
         figures[size] = {
             "train": trained,
-            # Before this process holds much: a child's peak begins with its parent's.
-            "recommend": recommend_child(path, folder, options),
+            "recommend": recommend_child(path, folder),
             "loading": compare_loading(path, venvs, repeats),
-            "steps": compare_steps(path, 2, repeats),
+            "steps": apart(measure_steps, path, THREADS, repeats),
         }
-        dense = statistics.median(figures[size]["steps"]["a step, dense, by hand"])
-        n_steps = -(-trained["n_train"] // LARGE_BATCH)
-        ratio = dense * n_steps / statistics.mean(epochs)
-        click.echo(f"dense epoch {dense * n_steps:.1f} s: ours is {ratio:.1f} x faster")
-        if size == JOB_SIZE:
-            figures[size]["jobs"] = compare_jobs(path, folder, venvs, repeats)
+        show(figures[size]["steps"], next(iter(figures[size]["steps"])))
+        if size >= JOB_SIZE:
+            work = {"jobs": LARGE_JOBS.get(size, {}), "options": LARGE_OPTIONS}
+            figures[size]["jobs"] = compare_jobs(path, folder, venvs, repeats, **work)
     return figures
 
 
 def measure_small(folder, venvs, repeats):
-    path = data.get_ml_100k(notice=lambda line: click.echo(line, err=True)) / "u.data"
-    frames = data.split(data.read_ratings(path), "ua")
-    task = collab.prepare(*frames, ("id",))
-    figures = compare_start(path, folder, repeats)
+    source = collab.read(notice=peers.notice)
+    training = collab.set_up(source)
+    figures = compare_start(data.get_ml_100k() / "u.data", folder, repeats)
     for threads in (1, 2):
-        figures |= compare_loops(task, threads, repeats)
-    return figures | compare_peers(task, frames, folder, venvs, repeats)
+        figures |= compare_loops(training.task, threads, repeats)
+    return figures | compare_peers(training, source, folder, venvs, repeats)
 
 
 @click.command()
 @click.option("--scale", "is_scale", is_flag=True, help="Sets of millions of ratings instead.")
+@click.option("--ratings", type=FILE, help="This table instead, beside cmfrec.")
 @click.option("--sizes", default="1000000,5000000,25000095", show_default=True)
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--folder", type=FILE, help="Where synthetic sets are kept.  [default: the cache]")
 @click.option("--venvs", type=FILE, help="Folder of the peers.  [default: the cache]")
 @click.option("--metrics", type=FILE, help="Write all figures here, as JSON.")
-def main(is_scale, sizes, repeats, folder, venvs, metrics):
+def main(is_scale, ratings, sizes, repeats, folder, venvs, metrics):
     """Measure and print."""
+    if is_scale and ratings is not None:
+        raise click.UsageError("--scale and --ratings do not go together.")
     if metrics is not None:
         data.check_writable(metrics)
     kept = folder or data.default_data_dir() / "scale"
@@ -426,6 +434,9 @@ def main(is_scale, sizes, repeats, folder, venvs, metrics):
         if is_scale:
             sizes = [int(size) for size in sizes.split(",")]
             figures = measure_scale(sizes, kept, Path(scratch), venvs, repeats)
+        elif ratings is not None:
+            own = {"jobs": OWN_JOBS, "options": ""}
+            figures = compare_jobs(ratings, Path(scratch), venvs, repeats, **own)
         else:
             figures = measure_small(Path(scratch), venvs, repeats)
     if metrics is not None:

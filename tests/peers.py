@@ -32,18 +32,15 @@ import data
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "tests" / "peers"
-PEERS = ("surprise", "cornac", "lenskit", "myfm", "fastai")  # the slowest last
+PEERS = ("surprise", "cornac", "cmfrec", "lenskit", "myfm", "fastai")  # the slowest last
 QUIET = ("--quiet", "--no-input", "--disable-pip-version-check")
-ONE_THREAD = dict.fromkeys(
-    (
-        "OMP_NUM_THREADS",
-        "OPENBLAS_NUM_THREADS",
-        "MKL_NUM_THREADS",
-        "RAYON_NUM_THREADS",
-        "LK_NUM_THREADS",
-        "LK_NUM_BACKEND_THREADS",
-    ),
-    "1",
+THREADS = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "RAYON_NUM_THREADS",
+    "LK_NUM_THREADS",
+    "LK_NUM_BACKEND_THREADS",
 )
 
 
@@ -74,11 +71,11 @@ def install(venv, name):
     (venv / "installed.txt").write_text(stamp(name))
 
 
-def run(command):
-    """Run a command with one thread. RuntimeError with its last line of errors if it fails."""
+def run(command, threads=1):
+    """Run a command. RuntimeError with its last line of errors if it fails."""
     done = subprocess.run(
         [str(part) for part in command],
-        env=os.environ | ONE_THREAD,
+        env=os.environ | dict.fromkeys(THREADS, str(threads)),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -68,11 +68,11 @@ def predict_columns(params, rows, columns, *, y_range):
     return model.predict(params, *columns, head=model.bounded(*y_range))
 
 
-def broadcast_loss_and_grad(params, users, items, ratings, *, predict):
-    leaves = model.Params(*(param.detach().requires_grad_() for param in params))
-    prediction = predict(leaves, (users, items), (users, items))
+def broadcast_loss_and_grad(params, users, items, ratings, *, n_users, predict):
+    leaf = params[0].detach().requires_grad_()
+    prediction = predict(model.split_table(leaf, n_users), (users, items), (users, items))
     loss = (prediction - ratings.unsqueeze(1)).square().mean()
-    return loss.detach(), torch.autograd.grad(loss, leaves)
+    return loss.detach(), torch.autograd.grad(loss, leaf)
 
 
 def broadcast_mse(params, part, *, predict):
@@ -96,9 +96,9 @@ def with_l2(loss_and_grad, l2):
 
 def run(experiment, part, test_part, ids, *, broadcast, n_epochs, seed):
     """Return the training loss and the test MSE after the last epoch."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, n_users = torch.Generator().manual_seed(seed), len(ids.users)
     params = model.init_params(
-        len(ids.users),
+        n_users,
         len(ids.items),
         n_factors=40,
         generator=generator,
@@ -110,9 +110,10 @@ def run(experiment, part, test_part, ids, *, broadcast, n_epochs, seed):
     if broadcast:
         predict = predict_columns if experiment.is_fastai_model else predict_all_pairs
         predict = partial(predict, y_range=y_range)
-        loss_and_grad = partial(broadcast_loss_and_grad, predict=predict)
+        loss_and_grad = partial(broadcast_loss_and_grad, n_users=n_users, predict=predict)
     else:
-        loss_and_grad = partial(model.loss_and_grad, head=model.bounded(*y_range))
+        head = model.bounded(*y_range)
+        loss_and_grad = partial(model.loss_and_grad, n_users=n_users, head=head)
     if experiment.l2:
         loss_and_grad = with_l2(loss_and_grad, experiment.l2)
     batches = {"batch_size": 64, "drop_last": experiment.drop_last}
@@ -121,8 +122,9 @@ def run(experiment, part, test_part, ids, *, broadcast, n_epochs, seed):
         pace = schedule.one_cycle(n_steps, lr_max=experiment.lr)
     else:
         pace = schedule.constant(lr=experiment.lr)
+    table = model.join(params)
     for epoch in train.fit(  # noqa: B007
-        params,
+        [table],
         *part,
         loss_and_grad=loss_and_grad,
         optimizer=schedule.adamw(pace, weight_decay=experiment.weight_decay),
@@ -131,10 +133,11 @@ def run(experiment, part, test_part, ids, *, broadcast, n_epochs, seed):
         **batches,
     ):
         pass
+    params = model.split_table(table, n_users)
     if broadcast:
-        mse = broadcast_mse(epoch.params, test_part, predict=predict)
+        mse = broadcast_mse(params, test_part, predict=predict)
     else:
-        predict = partial(model.predict, epoch.params, head=model.bounded(*y_range))
+        predict = partial(model.predict, params, head=head)
         mse = train.evaluate(predict, *test_part).mse
     return epoch.train_loss, mse
 

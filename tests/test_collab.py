@@ -36,13 +36,17 @@ def test_train_keeps_the_contract(run, tmp_path):
     assert header == "epoch | train_loss | test_mse | test_rmse | test_mae |    time"
     rows = [LINE.fullmatch(line).groups() for line in lines]
     assert {len(line) for line in lines} == {len(header)}
-    source, unseen = done.stderr.splitlines()  # and no bar
+    source, about, unseen, mean, averages = done.stderr.splitlines()  # and no bar
     assert source.startswith("ml-100k: from the cache ")
+    assert about == "943 users, 1,682 items, 100,000 ratings from 1 to 5"
     assert unseen == UNSEEN
+    assert mean == "without a model, by the mean rating: mse 1.2589, rmse 1.1220, mae 0.9450"
+    assert averages.startswith("without a model, by the averages of users and items: mse 0.9219")
 
     figures = read_json(tmp_path / "m.json")
     assert " ".join(figures) == (
-        "recipe dataset split seed options n_users n_items n_train n_test epochs "
+        "recipe dataset split seed options n_users n_items n_train n_test baselines "
+        "epochs "
         "mse rmse mae fit_seconds evaluate_seconds load_seconds"
     )
     options = collab.RECIPES["default"]
@@ -59,7 +63,10 @@ def test_train_keeps_the_contract(run, tmp_path):
         assert figures[name] == figures["epochs"][-1][name]
         assert f"{name} {figures[name]:.4f}" in last
     assert figures["fit_seconds"] == pytest.approx(sum(e["seconds"] for e in figures["epochs"]))
-    assert figures["mse"] < 0.870
+    assert figures["mse"] < 0.853
+    baselines = figures["baselines"]
+    assert list(baselines) == ["mean", "averages"]
+    assert figures["mse"] < baselines["averages"]["mse"] < baselines["mean"]["mse"]
 
 
 @pytest.mark.parametrize("recipe", ["default", "best"])
@@ -94,7 +101,7 @@ class Bomb:
         pickle.dumps(Bomb()),
         Bomb(),
         {"format": "collab 0"},
-        {"format": "collab 2", "params": []},
+        {"format": "collab 3", "params": []},
         {"a": 1},
         5,
     ],
@@ -131,9 +138,11 @@ def test_fastais_result_is_reached(main, tmp_path):
     assert 0.888 < figures["mse"] < 0.908
     assert len(figures["epochs"]) == 10
     assert figures["options"] == {
+        "fits_data": False,
         "features": ["id"],
         "loss": "mse",
         "y_range": [0.0, 5.5],
+        "std": 0.01,
         "n_factors": 40,
         "dropout": 0.0,
         "ensemble": 1,
@@ -165,8 +174,8 @@ def one_epoch(prepared):
 
     def one_epoch(seed=0, recipe="default", **changed):
         options = collab.RECIPES[recipe] | {"epochs": 1, "batch_size": 2048} | changed
-        *_, (members, row) = collab.fit(prepared(options["features"]), options=options, seed=seed)
-        return members, row["mse"]
+        *_, (epochs, row) = collab.fit(prepared(options["features"]), options=options, seed=seed)
+        return [epoch.params for epoch in epochs], row["mse"]
 
     return one_epoch
 
@@ -183,7 +192,7 @@ def test_the_same_seed_gives_the_same_bits(one_epoch, recipe):
     (first, first_mse), (again, again_mse) = (one_epoch(recipe=recipe, ensemble=2) for _ in "12")
     assert first_mse == again_mse
     assert are_equal(first, again)
-    assert not torch.equal(first[0].user_factors, first[1].user_factors)
+    assert not torch.equal(first[0][0], first[1][0])
 
 
 @pytest.fixture(scope="module")
@@ -248,15 +257,18 @@ def test_features_and_the_head_are_of_the_training_part(ratings):
     """A pair that is only tested is in no implicit set, and the shares are of the ratings above."""
     frame, test = data.split(ratings, "ua")
     task = collab.prepare(frame, test, ("id", "implicit"))
-    for matrix, rows, other in ((0, 0, 1), (1, 1, 0)):
-        starts, columns, _ = task.features[matrix]
-        n_ids = len(task.ids[rows])
-        rated = torch.bincount(task.train[rows], minlength=n_ids)
-        assert torch.equal(starts.diff(), rated + 1)
-        row = torch.repeat_interleave(torch.arange(n_ids), starts.diff())
-        implicit = columns >= n_ids
-        pairs = set(zip(row[implicit].tolist(), (columns[implicit] - n_ids).tolist(), strict=True))
-        assert pairs == set(zip(task.train[rows].tolist(), task.train[other].tolist(), strict=True))
+    starts, columns, _ = task.features.matrix
+    n_ids = [len(raw_ids) for raw_ids in task.ids]
+    counts = [torch.bincount(task.train[side], minlength=n_ids[side]) + 1 for side in (0, 1)]
+    assert torch.equal(starts.diff(), torch.cat(counts)), "the id, and what was rated"
+    row = torch.repeat_interleave(torch.arange(sum(n_ids)), starts.diff())
+    # Columns: users, items that they rated; items, users who rated them.
+    for side, first in ((0, 0), (1, sum(n_ids))):
+        implicit = (columns >= first + n_ids[side]) & (columns < first + sum(n_ids))
+        rows, others = row[implicit] - side * n_ids[0], columns[implicit] - first - n_ids[side]
+        pairs = set(zip(rows.tolist(), others.tolist(), strict=True))
+        rated = (task.train[side].tolist(), task.train[1 - side].tolist())
+        assert pairs == set(zip(*rated, strict=True))
     name, (levels, shares) = collab.choose_head(task.train[2], collab.RECIPES["best"])
     assert (name, levels) == ("ordinal", [1, 2, 3, 4, 5])
     above = [len(frame.filter(polars.col("rating") > level)) / len(frame) for level in (1, 2, 3, 4)]
@@ -280,15 +292,15 @@ def test_threads(through_click, threads):
 
 def test_predictions_are_clipped_to_the_training_ratings(prepared):
     """Not to those of the test part: here it has 1 and 5, the training part has not."""
-    part, test_part, ids, seen, features, _ = prepared(("id",))
-    inner = (part[2] > 1) & (part[2] < 5)
-    task = collab.Task(tuple(c[inner] for c in part), test_part, ids, seen, features)
+    task = prepared(("id",))
+    inner = (task.train[2] > 1) & (task.train[2] < 5)
+    task = task._replace(train=tuple(column[inner] for column in task.train))
     options = collab.RECIPES["default"] | {"epochs": 1}
-    *_, (members, row) = collab.fit(task, options=options, seed=0)
-    head = model.bounded(*options["y_range"])
-    tables = [collab.to_rows(params, task.features, task.seen) for params in members]
+    *_, ((epoch,), row) = collab.fit(task, options=options, seed=0)
+    head = collab.make_head(*collab.choose_head(task.train[2], options))
+    params = collab.to_rows(epoch.params[0], None, ids=task.ids, seen=task.seen, head=head)
     errors = train.evaluate(
-        lambda *rows: collab.predict_rows(tables, *rows, head=head)[0], *test_part, clip=(2, 4)
+        lambda *rows: model.predict(params, *rows, head=head), *task.test, clip=(2, 4)
     )
     assert row["mse"] == errors.mse
 
@@ -302,8 +314,8 @@ def test_no_test_rating_reaches_training(ratings, ml_100k):
     results = []
     for part in (test, turned):
         task = collab.prepare(frame, part, options["features"], **about)
-        *_, (members, row) = collab.fit(task, options=options, seed=0)
-        results.append((members, row["mse"]))
+        *_, (epochs, row) = collab.fit(task, options=options, seed=0)
+        results.append(([epoch.params for epoch in epochs], row["mse"]))
     (first, first_mse), (second, second_mse) = results
     assert are_equal(first, second)
     assert first_mse < 0.95 < 1.5 < second_mse
@@ -323,10 +335,10 @@ def test_an_ensemble_is_better_than_its_members(one_epoch):
     assert together < min(alone)
 
 
-def test_a_rating_out_of_the_y_range_is_refused(prepared):
-    options = collab.RECIPES["default"] | {"y_range": (0, 4.5)}
-    with pytest.raises(ValueError, match=r"ratings from 1 to 5 .* y_range 0 to 4\.5"):
-        next(collab.fit(prepared(("id",)), options=options, seed=0))
+@pytest.mark.parametrize("recipe", ["fastai", "default"])
+def test_a_rating_out_of_the_y_range_is_refused(found, recipe):
+    with pytest.raises(ValueError, match=r"ratings from 1 to 5 .* y_range 0 to 4\.5: give --y-"):
+        collab.set_up(found, recipe=recipe, y_range=(0, 4.5))
 
 
 @pytest.mark.usefixtures("ml_100k")
@@ -370,6 +382,11 @@ def test_cross_validation(main, tmp_path):
         assert f"{name} {figures[name]:.4f} +- {figures[f'{name}_std']:.4f}" in last
     for line, fold in zip(lines, figures["folds"], strict=True):
         assert f"{fold['rmse']:.4f}" in line
+    for name, errors in figures["baselines"].items():
+        for figure, value in errors.items():
+            values = [fold["baselines"][name][figure] for fold in figures["folds"]]
+            assert value == pytest.approx(sum(values) / 2)
+    assert "\nwithout a model, by the averages of users and items: mse 0.8" in done.stderr
     # A fold is what `train` gives on the split, side information and all.
     short = (*short[:4], "--features", "id,side", "--metrics", "m.json")
     assert main("cross-validate", "--splits", "u2", *short).returncode == 0
@@ -423,7 +440,7 @@ def test_ratings_of_the_users_own(main, half_stars):
         "train", "--ratings", "ml.zip", "--epochs", 2, "--metrics", "m.json", "--save", "m.pt"
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert done.stderr.startswith("40 users, 25 items, 1,000 ratings from 0.5 to 5\n")
     figures = read_json(half_stars / "m.json")
     assert (figures["dataset"], figures["split"]) == ("ml.zip", "random")
     assert (figures["n_users"], figures["n_items"]) == (40, 25)
@@ -443,6 +460,10 @@ def test_ratings_of_the_users_own(main, half_stars):
 def test_best_uses_all_that_the_data_has(through_click, half_stars, source, recipe, features):
     through_click("--recipe", recipe, "--ratings", str(half_stars / source))
     assert through_click.figures()["options"]["features"] == features
+    told = []
+    collab.set_up(collab.read(ratings=half_stars / source), recipe=recipe, notice=told.append)
+    lacks = {line.split(":")[0].split(" ")[-1] for line in told if "without the feature" in line}
+    assert lacks == set(collab.RECIPES[recipe]["features"]) - set(features)
     assert through_click.figures()["n_test"] == 100
 
 
@@ -522,7 +543,7 @@ def test_recipes_have_the_same_options():
     default, fastai = collab.RECIPES["default"], collab.RECIPES["fastai"]
     parameters = {parameter.name for parameter in collab.train_command.params}
     assert list(default) == list(fastai)
-    assert set(default) < parameters
+    assert set(default) - {"fits_data", "std"} < parameters
 
 
 USAGE = {
@@ -559,7 +580,6 @@ USAGE = {
     "no feature": ["train", "--features", ""],
     "unknown loss": ["train", "--loss", "huber"],
     "range for ordinal": ["train", "--recipe", "best", "--y-range", "0", "6"],
-    "mse without range": ["train", "--recipe", "best", "--loss", "mse"],
     "dropout 1": ["train", "--dropout", "1"],
     "no model": ["train", "--ensemble", "0"],
     "holdout 0": ["train", "--holdout", "0"],
@@ -648,7 +668,8 @@ def test_a_range_that_cannot_reach_a_rating_is_refused(main, tmp_path):
     done = main("train", "--y-range", "0", "4", "--metrics", "m.json")
     assert done.returncode == 1
     *_, line = done.stderr.splitlines()
-    assert line == "Error: ratings from 1 to 5 are not all within y_range 0 to 4"
+    told = "Error: ratings from 1 to 5 are not all within y_range 0 to 4: give --y-range LOW HIGH"
+    assert line == told
     assert (tmp_path / "m.json").read_text() == "old"
 
 
@@ -773,76 +794,122 @@ def test_help_imports_nothing_heavy():
     assert done.stdout == "[]\n"
 
 
-@pytest.fixture
-def fit_dense(monkeypatch):
-    """`collab.fit` with the dense step, whatever is faster."""
+def test_a_recipe_fits_the_data():
+    """On ua it gives its own values; else as many steps, and decays that go with ratings a row."""
+    levels = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
 
-    def fit(*arguments, **options):
-        with monkeypatch.context() as patched:
-            patched.setattr(collab, "is_sparse_faster", lambda *_: False)
-            yield from collab.fit(*arguments, **options)
+    def fit(n_ratings, n_rows, recipe="default", given=None, scale=levels, clip=(1.0, 5.0)):
+        told, ratings = [], scale.repeat(n_ratings // len(scale))
+        options = collab.RECIPES[recipe] | (given or {})
+        about = {"ratings": ratings, "n_rows": n_rows, "clip": clip, "notice": told.append}
+        return collab.fit_recipe(options, given or {}, **about), told
 
-    return fit
+    for recipe in collab.RECIPES:
+        fitted, told = fit(90_570, 2_625, recipe)
+        assert fitted.pop("y_range", None) == pytest.approx(collab.RECIPES[recipe]["y_range"])
+        assert fitted == {n: v for n, v in collab.RECIPES[recipe].items() if n != "y_range"}
+        assert told == []
+    default = collab.RECIPES["default"]
+    larger, _ = fit(905_700, 26_250)
+    assert larger.pop("y_range") == pytest.approx(default["y_range"])
+    assert larger == {n: v for n, v in default.items() if n != "y_range"} | {"batch_size": 6_120}
+    thinner, _ = fit(9_060, 2_626)
+    assert thinner["batch_size"] == 61
+    assert thinner["weight_decay"] == pytest.approx(default["weight_decay"] * 10**0.7, rel=1e-3)
+    assert thinner["bias_decay"] == pytest.approx(default["bias_decay"] * 10**0.7, rel=1e-3)
+    given = {"weight_decay": 0.3, "y_range": (0.0, 6.0), "batch_size": 7}
+    assert fit(9_060, 2_626, given=given)[0].items() >= given.items()
+    assert fit(9_060, 2_626, "fastai")[0] == collab.RECIPES["fastai"]
+    assert fit(50, 20)[0]["batch_size"] == 2
+
+    wide, _ = fit(9_000, 2_626, scale=25 * (levels - 1), clip=(0.0, 100.0))
+    assert wide["y_range"] == pytest.approx((-12.5, 112.5))
+    rare = torch.tensor([1.0] * 99 + [100.0])  # within four deviations of the mean
+    far, _ = fit(9_000, 2_626, scale=rare, clip=(1.0, 100.0))
+    mean, deviation = rare.mean().item(), rare.std(correction=0).item()
+    assert far["y_range"] == pytest.approx((1 - 99 / 8, mean + 4 * deviation), rel=1e-4)
+
+    for n_levels in (2, 101):
+        many, told = fit(9_090, 2_626, "best", scale=torch.linspace(1, 5, n_levels))
+        assert (many["loss"], many["y_range"]) == ("mse", pytest.approx((0.5, 5.5)))
+        assert told == [f"loss mse, not ordinal, for {n_levels} distinct ratings"]
 
 
-@pytest.mark.parametrize("recipe", ["fastai", "default"])
-def test_the_recipes_take_the_sparse_step_to_the_dense_steps_errors(prepared, fit_dense, recipe):
-    task, options = prepared(("id",)), collab.RECIPES[recipe] | {"epochs": 3}
-    rows = [list(fit(task, options=options, seed=0)) for fit in (collab.fit, fit_dense)]
-    for (members, ours), (dense, theirs) in zip(*rows, strict=True):
-        assert ours["mse"] == pytest.approx(theirs["mse"], abs=1e-3)
-        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=1e-3)
-        # The sparse step's tables are views of one.
-        assert not members[0].user_factors.is_contiguous()
-        assert dense[0].user_factors.is_contiguous()
+@pytest.mark.parametrize("recipe", ["default", "best"])
+@pytest.mark.parametrize(("factor", "constant"), [(1e-6, 0), (1e6, 0), (1, 100), (-1, 6)])
+def test_the_scale_of_ratings_changes_the_unit_alone(ratings, recipe, factor, constant):
+    options = {"n_factors": 8, "epochs": 2, "ensemble": 1, "features": ("id", "implicit")}
+
+    def errors(ratings):
+        found = collab.Data(None, "r", ratings.sample(5_000, seed=0), None, None, None, None)
+        figures = collab.train_model(found, recipe=recipe, **options).figures
+        names = ("mse", "rmse", "mae")
+        return [figures[n] for n in names] + [figures["baselines"]["averages"][n] for n in names]
+
+    plain = errors(ratings.drop("timestamp"))
+    moved = ratings.with_columns(polars.col("rating") * factor + constant).drop("timestamp")
+    unit = abs(factor)
+    expected = [error * unit**power for error, power in zip(plain, (2, 1, 1) * 2, strict=True)]
+    assert errors(moved) == pytest.approx(expected, rel=2e-3)
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [{"dropout": 0.1}, {"batch_size": 2048}, {"weight_decay": 5.0}, {"features": ("implicit",)}],
-)
-def test_the_dense_step_is_taken_where_it_must_or_should_be(one_epoch, changed):
-    members, _ = one_epoch(**{"batch_size": 512} | changed)
-    assert members[0].user_factors.is_contiguous() or "features" in changed
+def test_answers_have_the_digits_of_their_scale(main, tmp_path, ratings):
+    """`predict` and `recommend` on ratings of a thousandth: the same digits, three places on."""
+    few = ratings.head(20_000).drop("timestamp")
+    command = ("train", "--epochs", 2, "--ratings")
+    lines = []
+    for name, unit in (("one", 1.0), ("milli", 1e-3)):
+        few.with_columns(polars.col("rating") * unit).write_csv(tmp_path / f"{name}.csv")
+        assert main(*command, f"{name}.csv", "--save", name).returncode == 0
+        answers = main("predict", name, "--user", 196, "--item", 242), main("interpret", name)
+        answers += (main("recommend", name, "--user", 196), main("evaluate", name))
+        lines.append("".join(answer.stdout for answer in answers))
+    one, milli = (re.findall(r"\d+\.\d+", text) for text in lines)
+    assert len(one) == len(milli) > 30
+    for number, small in zip(one[1:-3], milli[1:-3], strict=True):
+        assert len(small) == len(number) + 3
+        assert float(small) == pytest.approx(float(number) / 1000, abs=3e-6)
 
 
-def test_ordinal_on_ids_takes_either_step(prepared, fit_dense):
-    changed = {"loss": "ordinal", "y_range": None, "epochs": 1}
-    options = collab.RECIPES["default"] | changed
-    task = prepared(("id",))
-    ours, theirs = (
-        next(iter(fit(task, options=options, seed=0)))[1]["mse"] for fit in (collab.fit, fit_dense)
+def test_figures_have_the_digits_of_their_scale():
+    errors = {"mse": 0.85051, "rmse": 0.92223, "mae": 0.73477}
+    assert collab.format_errors(errors, (1, 5)) == "mse 0.8505, rmse 0.9222, mae 0.7348"
+    tiny = {"mse": 0.85051e-6, "rmse": 0.92223e-3, "mae": 0.73477e-3}
+    assert collab.format_errors(tiny, (1e-3, 5e-3)) == (
+        "mse 8.5051e-07, rmse 0.0009222, mae 0.0007348"
     )
-    assert ours == pytest.approx(theirs, abs=1e-3)
+    large = {"mse": 0.85051e12, "rmse": 0.92223e6, "mae": 0.73477e6}
+    assert (
+        collab.format_errors(large, (1e6, 5e6)) == "mse 8.5051e+11, rmse 9.2223e+05, mae 7.3477e+05"
+    )
+    assert collab.format_number(1234.5678, 2) == "1234.57"
 
 
-def test_the_recipes_decays_go_with_the_number_of_rows():
-    recipe, given = collab.RECIPES["default"], {}
-
-    def scale(n_rows):
-        return collab.scale("default", dict(recipe), given, clip=(1.0, 5.0), n_rows=n_rows)
-
-    decays = scale(26_250)
-    assert decays["weight_decay"] == pytest.approx(recipe["weight_decay"] / 10)
-    assert decays["bias_decay"] == pytest.approx(recipe["bias_decay"] / 10)
-    assert scale(5)["bias_decay"] == recipe["bias_decay"]
-    given = {"weight_decay": 0.3, "y_range": (0.0, 6.0)}
-    assert list(scale(26_250)) == ["bias_decay"]
-
-
-@pytest.mark.parametrize(
-    ("recipe", "clip", "y_range"),
-    [
-        ("default", (1.0, 5.0), (0.5, 5.5)),
-        ("fastai", (1.0, 5.0), (0.0, 5.5)),
-        ("default", (0.0, 100.0), (-12.5, 112.5)),
-        ("fastai", (10.0, 20.0), (7.5, 21.25)),
-        ("best", (1.0, 5.0), None),
+SMALL = {  # none of which may end worse than the averages
+    "one hated item": [(u, i, 1 if i == 19 else 5) for u in range(20) for i in range(20)],
+    "an outlier": [
+        (u, i, 50_000 if u == i == 7 else 3 + u * i % 3) for u in range(200) for i in range(100)
     ],
-)
-def test_the_recipes_y_range_goes_with_the_scale(recipe, clip, y_range):
-    scaled = collab.scale(recipe, dict(collab.RECIPES[recipe]), {}, clip=clip, n_rows=10)
-    assert scaled.get("y_range") == y_range
+    "mostly fives": [
+        (u, i, 5 if (u * 31 + i * 17) % 20 else 1) for u in range(100) for i in range(50)
+    ],
+    "counts": [(u, i, int(1.0625 ** ((u * u + i) % 210))) for u in range(100) for i in range(40)],
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("recipe", ["default", "best"])
+def test_small_and_odd_ratings_end_no_worse_than_averages(main, tmp_path, name, recipe):
+    polars.DataFrame(SMALL[name], ["user", "item", "rating"], orient="row").write_csv(
+        tmp_path / "r.csv"
+    )
+    done = main("train", "--ratings", "r.csv", "--recipe", recipe, "--metrics", "m.json")
+    assert done.returncode == 0, done.stderr
+    figures = read_json(tmp_path / "m.json")
+    ratio = figures["rmse"] / figures["baselines"]["averages"]["rmse"]
+    assert ratio < 1.01
+    assert ("this is worse than the averages" in done.stderr) == (ratio > 1)
+    assert "\n8 of 10 ratings are " in done.stderr
 
 
 @pytest.fixture
@@ -903,7 +970,8 @@ def test_bad_input_of_two_processes_is_one_line(torchrun, tmp_path):
     assert done.returncode == 1
     assert done.stdout == ""
     told = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
-    assert told == ["Error: ratings from 1 to 5 are not all within y_range 0 to 4"]
+    line = "Error: ratings from 1 to 5 are not all within y_range 0 to 4: give --y-range LOW HIGH"
+    assert told == [line]
     assert "collab.py" not in re.sub("collab.py FAILED", "", done.stderr), "no traceback of ours"
     assert os.listdir(tmp_path) == []
 
@@ -987,7 +1055,8 @@ def test_unknown_ids_are_average_ones_on_request(plain):
         table[seen].mean(0)
         for table, seen in zip(plain.tables[0], (seen_users, seen_items) * 2, strict=True)
     )
-    assert mean.item() == pytest.approx(0.5 + 5 * torch.sigmoid(p @ q + b + c).item(), rel=1e-5)
+    predicted = collab.make_head(*plain.head).predict(p @ q + b + c)
+    assert mean.item() == pytest.approx(predicted.item(), rel=1e-5)
     known, _ = collab.predict(plain, [22, 0], [50, 50], allow_unknown=True)
     assert known[0] == collab.predict(plain, [22], [50])[0][0]
 
@@ -1031,7 +1100,8 @@ def test_likings_by_hand(plain):
     row = collab.find_row(plain.item_ids, most[0].item)
     assert row == params.item_bias.masked_fill(counts == 0, -9).argmax()
     z = params.user_bias.mean() + params.item_bias[row]
-    assert most[0].rating == pytest.approx(0.5 + 5 * torch.sigmoid(z).item(), rel=1e-5)
+    predicted = collab.make_head(*plain.head).predict(z)
+    assert most[0].rating == pytest.approx(predicted.item(), rel=1e-5)
     assert most[0].n_ratings == counts[row]
 
 
@@ -1063,9 +1133,8 @@ def test_a_test_file_of_ones_own(main, tmp_path, ratings):
     data.write_ratings(train_part, tmp_path / "ua.base")
     data.write_ratings(test_part, tmp_path / "ua.test")
     data.write_ratings(ratings, tmp_path / "all")
-    own = ("--rating-range", 1, 5, "--weight-decay", 0.5, "--bias-decay", 0.01)
     short = ("--epochs", 1, "--metrics", "m.json")
-    assert main("train", "--ratings", "ua.base", "--test", "ua.test", *own, *short).returncode == 0
+    assert main("train", "--ratings", "ua.base", "--test", "ua.test", *short).returncode == 0
     ours = read_json(tmp_path / "m.json")
     assert main("train", *short).returncode == 0
     theirs = read_json(tmp_path / "m.json")
@@ -1085,7 +1154,9 @@ def test_of_several_ratings_of_a_pair_the_latest_counts(main, tmp_path):
     pairs = {(user, item): rating for user, item, rating, _ in found.ratings.iter_rows()}
     assert (len(found.ratings), pairs["u1", "i1"], pairs["u2", "i2"]) == (81, 1, 3)
     done = main("train", "--ratings", "r.csv", "--epochs", 1)
-    assert done.stderr == "r.csv: 3 earlier ratings of the same user and item are left out\n"
+    left_out, about, *_ = done.stderr.splitlines()
+    assert left_out == "r.csv: 3 earlier ratings of the same user and item are left out"
+    assert about == "9 users, 9 items, 81 ratings from 1 to 5"
 
 
 @pytest.mark.usefixtures("ml_100k")
@@ -1107,7 +1178,7 @@ def test_a_checkpoint_fixes_all_that_the_result_depends_on(main, tmp_path):
         assert done.stderr == f"Error: {option[0]} is the checkpoint's, with --resume.\n"
     before = (tmp_path / "c.pt").read_bytes()
     done = main("evaluate", "c.pt")
-    assert_one_line(done, "c.pt: not a model of this program: format 'collab checkpoint 1'")
+    assert_one_line(done, "c.pt: not a model of this program: format 'collab checkpoint 2'")
     assert (tmp_path / "c.pt").read_bytes() == before
 
 

@@ -885,47 +885,60 @@ SMALL_USERS = polars.DataFrame(
 )
 
 
+def join_rows(users, items):
+    """The rows of users, then those of items, each with zeros for the features of the others."""
+    n_user, n_item = len(users[0]), len(items[0])
+    return [[*row, *[0] * n_item] for row in users] + [[*[0] * n_user, *row] for row in items]
+
+
+def identity(n):
+    return [[float(row == column) for column in range(n)] for row in range(n)]
+
+
 def test_id_and_implicit_features_by_hand():
     _, _, ids = data.to_tensors(SMALL_TRAIN, SMALL_TEST)
-    users, items, users_t, items_t = data.features(SMALL_TRAIN, ids, ("id", "implicit"))
-    half = pytest.approx(0.5**0.5)
+    matrix, _, counts = data.features(SMALL_TRAIN, ids, ("id", "implicit"))
+    half, third = pytest.approx(0.5**0.5), pytest.approx(3**-0.5)
     # users 9, 30, 40, 70; then the items 5, 8, 400 that they rated in training
-    assert dense(users, 7) == [
+    users = [
         [1, 0, 0, 0, 0, 1, 0],
         [0, 1, 0, 0, 0, 1, 0],
         [0, 0, 1, 0, 0, 0, 0],
         [0, 0, 0, 1, half, half, 0],
     ]
-    third = pytest.approx(3**-0.5)
-    assert dense(items, 7) == [
+    items = [
         [1, 0, 0, 0, 0, 0, 1],
         [0, 1, 0, third, third, 0, third],
         [0, 0, 1, 0, 0, 0, 0],
     ]
-    for matrix, transposed in ((users, users_t), (items, items_t)):
-        rows = dense(matrix, 7)
-        columns = [list(column) for column in zip(*rows, strict=True)]
-        assert dense(transposed, len(rows)) == columns
+    assert counts == (7, 7)
+    assert dense(matrix, 14) == join_rows(users, items)
 
 
 def test_side_and_time_features_by_hand():
     _, _, ids = data.to_tensors(SMALL_TRAIN, SMALL_TEST)
-    users, items, users_t, _ = data.features(
-        SMALL_TRAIN, ids, ("id", "side", "time"), users=SMALL_USERS
-    )
-    half = pytest.approx(0.5**0.5)
+    matrix, _, counts = data.features(SMALL_TRAIN, ids, ("id", "side", "time"), users=SMALL_USERS)
+    half, zeros = pytest.approx(0.5**0.5), [0] * 4
     # four ids; cook, pilot; rum, tea; then a row and a column for each feature of the time
-    zeros = [0.0] * 4
-    assert dense(users, 12)[:4] == [
+    users = [
         [1, 0, 0, 0, 1, 0, half, half, *zeros],
         [0, 1, 0, 0, 1, 0, 0, 1, *zeros],
         [0, 0, 1, 0, 0, 0, 0, 0, *zeros],
         [0, 0, 0, 1, 0, 1, 0, 0, *zeros],
+        *([*[0] * 8, *row] for row in identity(4)),
     ]
-    context = [[0.0] * 8 + [float(i == j) for j in range(4)] for i in range(4)]
-    assert dense(users, 12)[4:] == context
-    assert len(users_t.starts) == 13
-    assert len(items.starts) == 4, "nothing is told of items: their ids alone"
+    assert counts == (12, 3), "nothing is told of items: their ids alone"
+    assert dense(matrix, 15) == join_rows(users, identity(3))
+
+
+@pytest.mark.parametrize("kinds", [("id",), ("implicit", "time"), data.FEATURES])
+def test_the_second_matrix_of_features_is_the_transpose(kinds):
+    _, _, ids = data.to_tensors(SMALL_TRAIN, SMALL_TEST)
+    matrix, transposed, counts = data.features(SMALL_TRAIN, ids, kinds, users=SMALL_USERS)
+    n_rows, n_features = 4 + 3 + 4 * ("time" in kinds), sum(counts)
+    assert (len(matrix.starts), len(transposed.starts)) == (n_rows + 1, n_features + 1)
+    columns = zip(*dense(matrix, n_features), strict=True)
+    assert dense(transposed, n_rows) == [list(column) for column in columns]
 
 
 def test_numbers_are_described_by_tenths():
@@ -942,8 +955,8 @@ def test_nothing_told_is_no_feature():
     _, _, ids = data.to_tensors(SMALL_TRAIN, SMALL_TEST)
     names = SMALL_USERS.select("user", "name")
     assert len(data.describe(names, "user")) == 0
-    users, *_ = data.features(SMALL_TRAIN, ids, ("id", "side"), users=names)
-    assert dense(users, 4) == [[float(i == j) for j in range(4)] for i in range(4)]
+    matrix, *_ = data.features(SMALL_TRAIN, ids, ("id", "side"), users=names)
+    assert dense(matrix, 7) == identity(7)
     with pytest.raises(ValueError, match="the features side say nothing of the users"):
         data.features(SMALL_TRAIN, ids, ("side",), users=names)
 
@@ -960,8 +973,8 @@ def test_nothing_told_is_no_feature():
 )
 def test_columns_without_values_are_no_features(about):
     _, _, ids = data.to_tensors(SMALL_TRAIN, SMALL_TEST)
-    users, *_ = data.features(SMALL_TRAIN, ids, ("id", "side"), users=about)
-    assert dense(users, 4) == [[float(i == j) for j in range(4)] for i in range(4)]
+    matrix, *_ = data.features(SMALL_TRAIN, ids, ("id", "side"), users=about)
+    assert dense(matrix, 7) == identity(7)
 
 
 @pytest.mark.parametrize("kinds", ["side", ("id", "tiem")])
@@ -1101,7 +1114,7 @@ def test_text_ids_give_the_features_of_numbers():
         about = users.with_columns(polars.col("user").cast(dtype))
         train, test = data.split(ratings, "last3")
         part, test_part, ids = data.to_tensors(train, test)
-        matrices = data.features(train, ids, users=about)
+        *matrices, _ = data.features(train, ids, users=about)
         seen = data.find_seen(part, ids, users=about)
         context = data.time_context(train, test)
         results.append([*part, *test_part, *seen, *context, *itertools.chain(*matrices)])
@@ -1475,3 +1488,20 @@ def test_the_data_dir(monkeypatch, tmp_path):
     assert data.default_data_dir() == tmp_path / "collab"
     monkeypatch.setenv("COLLAB_DATA_DIR", str(tmp_path / "mine"))
     assert data.default_data_dir() == tmp_path / "mine"
+
+
+def test_a_path_may_be_text(tmp_path, ratings):
+    few = ratings.head(50)
+    data.write_ratings(few, f"{tmp_path}/r.tsv")
+    assert data.read_ratings(f"{tmp_path}/r.tsv").equals(few)
+    data.check_writable(f"{tmp_path}/p.csv")
+    data.write_frames(f"{tmp_path}/p.csv", [few.select("user", "item")])
+    (pairs,) = data.read_pairs(f"{tmp_path}/p.csv")
+    assert pairs["item"].cast(int).to_list() == few["item"].to_list()
+    data.write_file(f"{tmp_path}/i.csv", b"item,rating,title\n1,4,Film\n")
+    assert data.read_rated(f"{tmp_path}/i.csv").rows() == [(1, 4.0)]
+    assert data.read_items(f"{tmp_path}/i.csv")["title"].to_list() == ["Film"]
+    data.write_file(f"{tmp_path}/u.csv", b"user,age\n1,40\n")
+    assert data.read_users(f"{tmp_path}/u.csv")["age"].to_list() == [40]
+    folder = str(data.get_ml_100k().parent)
+    assert data.get_ml_100k(folder) == data.get_dataset("ml-100k", folder) == data.get_ml_100k()

@@ -72,6 +72,7 @@ def test_the_commands_are_known():
         "pip install -r requirements.txt && python collab.py train",
         "pip install -r tests/requirements.txt && python -m pytest",
         OTHER_RATINGS,
+        "python tests/panel.py",
         "python tests/fold_in.py",
         *JUDGED,
         "python tests/figures.py",
@@ -111,12 +112,20 @@ def test_the_example_of_the_library(tmp_path, ml_100k):
     lines = [line.rpartition(" ") for line in done.stdout.splitlines()]
     assert len(lines) == 4, done.stderr
     assert [title for title, _, _ in lines[:2]] == [
+        "483 Casablanca (1942)",
         "318 Schindler's List (1993)",
-        "64 Shawshank Redemption, The (1994)",
     ]
     assert all(4 < float(rating) <= 5 for _, _, rating in lines)
     assert done.stderr == ""
     assert os.listdir(tmp_path) == ["model.pt"]
+
+
+def test_the_panels_command(ml_100k):
+    """The smallest cut, one seed; the table has means over three."""
+    done = run("tests/panel.py", "--sizes", "500", "--seeds", 1, "--recipe", "default")
+    assert done.returncode == 0, done.stderr
+    printed, shown = table_rows(done.stdout)["ml-100k, 500"], table_rows(README)["ml-100k, 500"]
+    assert numbers(" ".join(printed)) == pytest.approx(numbers(" ".join(shown[:5])), rel=0.02)
 
 
 def test_new_users_against_trained_ones(ml_100k):
@@ -140,7 +149,8 @@ def test_ci_runs_the_readmes_test_command():
 def test_the_training_command_prints_what_the_readme_shows(ml_100k):
     done = run(*COMMANDS[0].partition(" && python ")[2].split(" "))
     assert done.returncode == 0, done.stderr
-    shown = next(block for language, block in BLOCKS if language == "text")
+    shown, told = [block for language, block in BLOCKS if language == "text"][:2]
+    assert told == "".join(done.stderr.splitlines(keepends=True)[1:]), "but where the data is"
     shown, printed = shown.splitlines(), done.stdout.splitlines()
     assert printed[0] == shown[0]
     assert len(printed) == len(shown)
@@ -166,7 +176,7 @@ def test_the_peers_command_skips_what_is_not_installed(tmp_path, ml_100k):
     done = run("tests/peers.py", "--venvs", tmp_path / "none")
     assert done.returncode == 1
     *skipped, last = done.stderr.splitlines()[1:]
-    names = ["surprise", "cornac", "lenskit", "myfm", "fastai"]
+    names = ["surprise", "cornac", "cmfrec", "lenskit", "myfm", "fastai"]
     assert [line.split(":")[0] for line in skipped] == names
     assert last.startswith("Error: no peer is installed")
 
@@ -258,6 +268,19 @@ def test_the_readmes_example_of_a_copied_file(tmp_path):
     done = run("-c", code, cwd=tmp_path)
     assert done.stderr == ""
     assert numbers(done.stdout.replace("2.", "2.0")) == pytest.approx([1.0, 2.0], abs=0.02)
+
+
+@pytest.mark.usefixtures("ml_100k")
+@pytest.mark.parametrize(("example", "n_epochs", "least"), [(2, 10, 0.91), (3, 20, 0.2)])
+def test_the_readmes_trainers_need_no_collab(tmp_path, example, n_epochs, least):
+    """By the four modules alone: fastai's result, and a module of one's own by autograd."""
+    for module in MODULES:
+        shutil.copy(ROOT / f"{module}.py", tmp_path)
+    done = run("-c", f"import torch; torch.manual_seed(0)\n{EXAMPLES[example]}", cwd=tmp_path)
+    assert done.stderr == ""
+    errors = [float(line.split(" ")[1]) for line in done.stdout.splitlines()]
+    assert len(errors) == n_epochs
+    assert errors[-1] < least < errors[0]
 
 
 def test_a_module_copied_alone_runs_its_examples(tmp_path, ml_100k):
