@@ -85,36 +85,27 @@ def _count_rows(columns: Sequence[Tensor]) -> int:
     return counts[0]
 
 
-def _find_tensors(tree) -> list[Tensor]:
-    """All tensors in sequences and dicts of such, None for no tensor. ValueError for any other."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, str) or not isinstance(tree, Sequence | dict | None):
-        raise ValueError(f"the optimizer's state has {tree!r}, which is no tensor")
-    branches = tree.values() if isinstance(tree, dict) else tree or ()
-    return [tensor for branch in branches for tensor in _find_tensors(branch)]
-
-
-def _resume_(tree, generator: torch.Generator, resume: tuple | None, n_epochs: int) -> int:
-    """Copy the state in `resume` into the tensors of `tree` and `generator`; returns epochs done.
+def _resume_(
+    tensors: Sequence[Tensor], generator: torch.Generator, resume: tuple | None, n_epochs: int
+) -> int:
+    """Copy the state in `resume` into `tensors` and `generator`; returns epochs done.
 
     ValueError for more epochs than `n_epochs`, and for a tensor that is missing or does not fit.
     """
-    tensors = [*_find_tensors(tree), generator.get_state()]
     if resume is None:
         return 0
     n_done, state = resume
     if not 0 <= n_done <= n_epochs:
         raise ValueError(f"cannot resume after {n_done} of {n_epochs} epochs")
-    if len(state) != len(tensors):
-        raise ValueError(f"the state to resume from has {len(state)} tensors, not {len(tensors)}")
-    for number, pair in enumerate(zip(state, tensors, strict=True)):
-        saved, own = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in pair)
-        if saved != own:
-            raise ValueError(f"tensor {number} of the state to resume from is {saved}, not {own}")
+    saved, own = (
+        [f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in each]
+        for each in (state, [*tensors, generator.get_state()])
+    )
+    if saved != own:
+        raise ValueError(f"the state to resume from is {saved}, not {own}")
     with torch.no_grad():
-        for saved, own in zip(state, tensors[:-1], strict=False):
-            own.copy_(saved)
+        for tensor, value in zip(tensors, state, strict=False):
+            tensor.copy_(value)
     generator.set_state(state[-1])
     return n_done
 
@@ -135,9 +126,9 @@ def fit(
     An epoch is one permutation of the N rows, drawn from `generator`, cut into batches;
     `drop_last` leaves out an incomplete last one. `loss_and_grad(params, *batch)` returns the
     batch's mean loss and the gradient of each of `params`, derived by hand or by autograd.
-    `optimizer` is two functions: `init(params)` makes its state, of tensors in lists, tuples or
-    dicts, or None; `update_(params, grads, state, step)` changes both. `params`, tensors or a
-    module's parameters, are trained in place.
+    `optimizer` is two functions: `init(params)` makes its state, a list with a tuple of tensors for
+    each of `params`, or None; `update_(params, grads, state, step)` changes both. `params`, tensors
+    or a module's parameters, are trained in place.
 
     `resume = (epochs done, state)`, the `state` of that `Epoch`, goes on with the next epoch, all
     else as in the first call: of `params` the shapes alone count, `generator` is set. The epochs
@@ -152,7 +143,8 @@ def fit(
     params = params if isinstance(params, Sequence) else list(params)  # net.parameters(): once
     init, update_ = optimizer
     state = init(params)
-    n_done = _resume_((params, state), generator, resume, n_epochs)
+    tensors = [*params, *chain.from_iterable(state or ())]
+    n_done = _resume_(tensors, generator, resume, n_epochs)
     step = n_done * n_batches
     for epoch in range(n_done + 1, n_epochs + 1):
         start = time.perf_counter()
@@ -168,8 +160,7 @@ def fit(
         if not math.isfinite(train_loss):
             raise ValueError(f"the loss is {train_loss} in epoch {epoch}: try a smaller lr")
         seconds = time.perf_counter() - start
-        kept = (*_find_tensors((params, state)), generator.get_state())
-        yield Epoch(epoch, params, train_loss, seconds, kept)
+        yield Epoch(epoch, params, train_loss, seconds, (*tensors, generator.get_state()))
 
 
 def _shuffle(columns: Sequence[Tensor], n_drawn: int, batch_size: int, generator) -> Iterator:

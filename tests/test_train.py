@@ -326,12 +326,12 @@ def test_the_state_is_the_tables_the_optimizers_and_the_generators(way):
 def test_a_state_that_does_not_fit(way):
     *_, last = fit_few(way)
     first, *rest = last.state
-    n, shape, text = len(last.state), tuple(first.shape), "tensor {} of the state to resume from is"
+    shape, text = tuple(first.shape), "the state to resume from is ['torch.float{} {}', "
     bad = [
-        (5, rest, f"has {n - 1} tensors, not {n}"),
-        (5, [first[1:], *rest], f"{text.format(0)} torch.float64 {tuple(first[1:].shape)}, not"),
-        (5, [first.float(), *rest], f"torch.float32 {shape}, not torch.float64 {shape}"),
-        (5, [first, *rest[:-1], first], f"{text.format(n - 1)} torch.float64 {shape}, not"),
+        (5, rest, "the state to resume from is ["),
+        (5, [first[1:], *rest], text.format(64, tuple(first[1:].shape))),
+        (5, [first.float(), *rest], text.format(32, shape)),
+        (5, [first, *rest[:-1], first], f"'torch.float64 {shape}'], not ["),
         (6, last.state, "cannot resume after 6 of 5 epochs"),
         (-1, last.state, "cannot resume after -1 of 5 epochs"),
     ]
@@ -341,25 +341,18 @@ def test_a_state_that_does_not_fit(way):
     assert not list(fit_few(way, resume=(5, last.state)))
 
 
-def test_an_optimizers_state_is_of_tensors():
-    """In dicts and lists, or none at all; what could not be saved is refused at once."""
-
-    def fit(state):
-        return train.fit(
-            [torch.zeros(())],
-            ROWS,
-            loss_and_grad=lambda params, rows: (torch.zeros(()), None),
-            optimizer=(lambda params: state, lambda *changed: None),
-            n_epochs=1,
-            batch_size=4,
-            generator=torch.Generator(),
-        )
-
-    for state, n_tensors in [({"a": [torch.ones(2)], "b": torch.ones(3)}, 2), (None, 0)]:
-        assert len(next(fit(state)).state) == 1 + n_tensors + 1
-    for state in (0.5, [torch.ones(1), "mean"]):
-        with pytest.raises(ValueError, match=r"state has (0\.5|'mean'), which is no tensor"):
-            next(fit(state))
+@pytest.mark.parametrize(("state", "n_tensors"), [([(torch.ones(2), torch.ones(3))], 2), (None, 0)])
+def test_an_optimizers_state_is_a_tuple_of_tensors_a_table_or_none(state, n_tensors):
+    epochs = train.fit(
+        [torch.zeros(())],
+        ROWS,
+        loss_and_grad=lambda params, rows: (torch.zeros(()), None),
+        optimizer=(lambda params: state, lambda *changed: None),
+        n_epochs=1,
+        batch_size=4,
+        generator=torch.Generator(),
+    )
+    assert len(next(epochs).state) == 1 + n_tensors + 1
 
 
 # Three processes and 50 rows: the last batch of 20 is of 10, those of 7 are shares of 3, 2 and 2.
