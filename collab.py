@@ -95,7 +95,7 @@ RECIPES = {
 
 
 # Of ml-100k's split ua, which the recipes' values are for.
-UA_RATINGS, UA_ROWS = 90_570, 943 + 1_682  # training ratings; users and items
+UA_RATINGS, UA_ROWS = 90_570, 943 + 1_680  # training ratings; users and items that have some
 LEAST_BATCH = 2
 MOST_LEVELS = 100  # distinct ratings that loss ordinal takes; it has a bias for each
 PRIOR_WIDTH = 4.0  # of a new user's row, by `tests/fold_in.py --validate`
@@ -255,7 +255,8 @@ def find_moments(ratings):
     import torch
 
     mean = ratings.mean(dtype=torch.float64).item()
-    return mean, (ratings - mean).norm().item() / len(ratings) ** 0.5
+    norm = torch.linalg.vector_norm(ratings - mean, dtype=torch.float64)
+    return mean, norm.item() / len(ratings) ** 0.5
 
 
 def make_head(name, arguments):
@@ -274,8 +275,8 @@ class Job(NamedTuple):
     columns: tuple  # Task.train
     features: tuple | None  # Task.features
     sizes: tuple  # Task.sizes
-    n_users: int  # rows before those of the items in the table that the columns are rows of
-    averages: tuple | None  # that training starts at
+    n_users: int  # rows of users, with features of moments, before those of the items
+    averages: tuple | None  # that biases decay towards
     head: tuple  # what `choose_head` returns
     options: dict
     seed: int
@@ -398,7 +399,7 @@ def set_up_member(job, pace, number=0):
     if job.averages is not None:  # what biases decay towards, instead of zero
         center = model.join(model.find_center(params, job.averages, head=head))
         if job.features is not None:
-            center *= find_share(len(job.columns[0]) / sum(map(len, job.averages[1:])))
+            center *= find_share(len(job.columns[0]) / count_rows(*job.columns[:2]))
     if options["bias_decay"] != decay:
         decay = torch.full(table.shape[1:], decay)
         decay[-head.n_outputs :] = options["bias_decay"]
@@ -532,10 +533,8 @@ def check_decay(options):
     """ValueError for a decay that takes more than the whole off in a step."""
     lr_max, decay = options["lr_max"], max(options["weight_decay"], options["bias_decay"])
     if lr_max * decay >= 1:
-        raise ValueError(
-            f"--lr-max {lr_max:g} times a decay of {decay:g} (--weight-decay, --bias-decay) is not"
-            " below 1."
-        )
+        cure = "give a smaller --lr-max, or --weight-decay and --bias-decay"
+        raise ValueError(f"--lr-max {lr_max:g} times a decay of {decay:g} is not below 1: {cure}.")
 
 
 def choose_dataset(dataset, source):
@@ -554,9 +553,10 @@ def fit_recipe(options, given, *, ratings, n_rows, clip, notice):
         weight_decay, bias_decay = recipe's * (34.5 / (N / n_rows))^0.7
         y_range = the scale and an eighth of it at both ends, within mean -+ 4 deviations
 
-    So there are as many steps whatever N is, and the fewer ratings a row has, the less it moves
-    away from where it starts. The scale is `clip`; 34.5 is 90,570 / 2,625. Where there are too few
-    or too many distinct ratings for loss ordinal, it is mse, which `notice` is told.
+    with `n_rows` users and items that have training ratings. So there are as many steps whatever N
+    is, and the fewer ratings a row has, the more it is held. The scale is `clip`; 34.5 is 90,570 /
+    2,623. Where there are too few or too many distinct ratings for loss ordinal, it is mse, which
+    `notice` is told.
     """
     if not options["fits_data"]:
         return options
@@ -578,6 +578,13 @@ def fit_recipe(options, given, *, ratings, n_rows, clip, notice):
         bounds = max(low - margin, mean - 4 * deviation), min(high + margin, mean + 4 * deviation)
         fitted["y_range"] = bounds
     return options | {name: value for name, value in fitted.items() if given.get(name) is None}
+
+
+def count_rows(users, items):
+    """How many users and items have training ratings."""
+    import torch
+
+    return sum((torch.bincount(rows) > 0).sum().item() for rows in (users, items))
 
 
 def find_thinness(ratings_per_row):
@@ -674,7 +681,7 @@ def plan_training(found, recipe, split, holdout, seed, allow_overlap, given, not
     del ratings, test
     check_part(task, source)
     clip = rating_range or find_range(task.train[2])
-    about_data = {"ratings": task.train[2], "n_rows": sum(map(len, task.ids)), "clip": clip}
+    about_data = {"ratings": task.train[2], "n_rows": count_rows(*task.train[:2]), "clip": clip}
     options = fit_recipe(options, given, **about_data, notice=notice)
     check_decay(options)
     check_y_range(task.train[2], options, given)
@@ -2023,7 +2030,7 @@ def train_command(context, threads, save_to, metrics, checkpoint, resume, **_tol
     """Train a model, printing its error on the test part after each epoch.
 
     \b
-    The recipes default and best are for ml-100k; N training ratings of R users and items get
+    Recipes default and best are for ml-100k; N training ratings of in all R users and items get
       batch-size = recipe's N / 90,570, at least 2
       weight-decay, bias-decay = recipe's (34.5 / (N / R))^0.7
       y-range = the scale and an eighth of it at both ends, within mean -+ 4 deviations

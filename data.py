@@ -1289,7 +1289,8 @@ def hold_out(
     """Cut off a random `fraction` of the ratings: the rest, then it, sorted by user, then item."""
     n_test = int(len(ratings) * fraction)
     if not 0 < n_test < len(ratings):
-        raise ValueError(f"a share of {fraction:g} of {len(ratings)} ratings leaves a part empty")
+        few = f"a share of {fraction:g} of {len(ratings)} ratings leaves a part empty"
+        raise ValueError(f"{few}: more are needed, or a test part of its own")
     drawn = numpy.zeros(len(ratings), dtype=bool)
     drawn[:n_test] = True
     numpy.random.default_rng(seed).shuffle(drawn)  # permutation(n) < n_test, in an eighth of memory

@@ -317,8 +317,7 @@ def loss_and_grad(
 def fill_unseen(params: Params, seen_users: Tensor, seen_items: Tensor) -> Params:
     """Give each row of which training told nothing the mean of the other rows of its table.
 
-    An unseen user then is an average user, an unseen item an average item, where the rows that
-    training left near zero would be a prediction in the middle of `y_range`. `seen_users` bool
+    An unseen user then is an average user, an unseen item an average item. `seen_users` bool
     (n_users,), `seen_items` bool (n_items,); rows beyond these are left alone.
     """
     tables = []
