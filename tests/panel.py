@@ -1,12 +1,12 @@
 """Measure recipes beside the averages on many tables of ratings: `python tests/panel.py FOLDER`.
 
-Prints a Markdown table, a set a line: training ratings, how many there are for each user and item,
-RMSE of their mean and of the averages of users and items (`model.find_averages`), and each recipe's
-RMSE over that of the averages: means over the seeds, which draw the test part, a random tenth.
-NAME_train.* and NAME_test.* in FOLDER are one set with a test part of its own. FOLDER/options.json
-may have arguments of `collab.read` by file name, {"a.csv": {"columns": {"item": "placeID"}}}. What
-can't be read is left out with a line on stderr. The exit status is 1 for a ratio above --at-most,
-and where there is no set.
+Prints a Markdown table, a set a line: training ratings, how many there are for each user and item
+that has some, RMSE of their mean and of the averages of users and items (`model.find_averages`),
+and each recipe's RMSE over that of the averages: means over the seeds, which draw the test part, a
+random tenth. NAME_train.* and NAME_test.* in FOLDER are one set with a test part of its own.
+FOLDER/options.json may have arguments of `collab.read` by file name, {"a.csv": {"columns": {"item":
+"placeID"}}}. What can't be read is left out with a line on stderr. The exit status is 1 for a ratio
+above --at-most, and where there is no set.
 
 Without FOLDER the sets are the first of ml-100k's split ua, its training part shuffled by the seed,
 tested on all of its test part.
@@ -75,10 +75,12 @@ def measure(cut, recipes, n_seeds):
     for seed in range(n_seeds):
         ratios, source = [], cut(seed)
         for recipe, options in recipes.items():
-            figures = collab.train_model(source, recipe=recipe, seed=seed, **options).figures
+            model = collab.train_model(source, recipe=recipe, seed=seed, **options)
+            figures = model.figures
             mean, averages = (figures["baselines"][name]["rmse"] for name in ("mean", "averages"))
             ratios.append(figures["rmse"] / averages)
-        n_train, n_rows = figures["n_train"], figures["n_users"] + figures["n_items"]
+        starts, items = model.rated[:2]
+        n_train, n_rows = len(items), (starts.diff() > 0).sum().item() + len(items.unique())
         rows.append((n_train, n_train / n_rows, mean, averages, *ratios))
     return [statistics.mean(column) for column in zip(*rows, strict=True)]
 
