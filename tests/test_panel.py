@@ -39,7 +39,7 @@ def write(path, *, n_users=20, names="user,item,rating"):
 def test_ml_100k_cut_to_500_ratings():
     status, (row,), _ = run("--sizes", "500", "--seeds", "1")
     assert status == 0
-    assert row[:3] == ["ml-100k, 500", "500", "0.2"]
+    assert row[:3] == ["ml-100k, 500", "500", "0.7"]
     mean, averages, ratio = map(float, row[3:])
     assert 1.08 < averages < mean < 1.14
     assert 0.9 < ratio <= 1.01
