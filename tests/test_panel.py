@@ -58,7 +58,7 @@ def test_a_folder_of_tables(tmp_path):
     assert [row[:3] for row in rows] == [
         ["a.csv", str(n_train), f"{n_train / 40:.1f}"],
         ["b.csv", str(n_train), f"{n_train / 40:.1f}"],
-        ["c.csv", str(n_ratings), f"{n_ratings / 41:.1f}"],
+        ["c.csv", str(n_ratings), f"{n_ratings / 40:.1f}"],  # user 30 is of the test part
     ]
     assert rows[0][1:] == rows[1][1:]
     assert float(rows[0][4]) < float(rows[0][3])
