@@ -313,11 +313,11 @@ def fit(task, *, options, seed, n_processes=1, clip=None, resume=None):
     if n_processes > 1:
         job = deal(job)
     head, unit = make_head(*job.head), job.head[1][3] if job.head[0] == "bounded" else 1.0
+    about = {"ids": task.ids, "seen": task.seen, "head": head}
     start = time.perf_counter()  # what is worked out before the first step counts too
     for epochs in fit_members(job):
         trained = time.perf_counter()
-        rows = {"ids": task.ids, "seen": task.seen, "head": head}
-        tables = [to_rows(epoch.params[0], task.features, **rows) for epoch in epochs]
+        tables = [to_rows(epoch.params[0], task.features, **about) for epoch in epochs]
         errors = train.evaluate(
             lambda *rows, tables=tables: predict_each(tables, *rows, head=head).mean(0),
             *task.test,
@@ -372,9 +372,8 @@ def fit_member(job, number):
     options = job.options
     common = {"batch_size": options["batch_size"], "drop_last": options["drop_last"]}
     n_steps = options["epochs"] * train.count_batches(len(job.columns[0]), **common)
-    params, parts = set_up_member(
-        job, schedule.one_cycle(n_steps, lr_max=options["lr_max"]), number
-    )
+    pace = schedule.one_cycle(n_steps, lr_max=options["lr_max"])
+    params, parts = set_up_member(job, pace, number)
     resume = job.resume and (job.resume[0], job.resume[1][number])
     return train.fit(
         params, *job.columns, **parts, n_epochs=options["epochs"], resume=resume, **common
@@ -403,12 +402,11 @@ def set_up_member(job, pace, number=0):
     if options["bias_decay"] != decay:
         decay = torch.full(table.shape[1:], decay)
         decay[-head.n_outputs :] = options["bias_decay"]
-    loss_and_grad = partial(model.loss_and_grad, n_users=job.n_users, head=head)
+    loss_and_grad = model.loss_and_grad
     if job.features is not None:
-        loss_and_grad = partial(
-            model.embedded_loss_and_grad, n_users=job.n_users, head=head, features=job.features
-        )
-    loss_and_grad = partial(loss_and_grad, dropout=options["dropout"], generator=generator)
+        loss_and_grad = partial(model.embedded_loss_and_grad, features=job.features)
+    given = {"n_users": job.n_users, "head": head, "dropout": options["dropout"]}
+    loss_and_grad = partial(loss_and_grad, **given, generator=generator)
     return [table], {
         "loss_and_grad": train.share(loss_and_grad) if job.n_processes > 1 else loss_and_grad,
         "optimizer": schedule.adamw(pace, weight_decay=[decay], centers=[center]),

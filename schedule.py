@@ -188,8 +188,8 @@ def decay_(
     broadcasts to `param`'s shape, such as (C,) for one a column; `center` has `param`'s shape. All
     are of one dtype.
     Source: Loshchilov & Hutter 2019, "Decoupled weight decay regularization", algorithm 2, line 12;
-    towards a starting point: Li, Grandvalet & Davoine 2018, "Explicit inductive bias for transfer
-    learning with convolutional networks", equation 4.
+    towards a point: Li, Grandvalet & Davoine 2018, "Explicit inductive bias for transfer learning
+    with convolutional networks", L2-SP, here decoupled.
     """
     if center is None:
         param.mul_(1 - lr * weight_decay)
