@@ -1,1574 +1,1058 @@
 """Train a model of ratings and ask it: `python collab.py train`, `recommend`, `predict` and more.
 
 The recipes, the functions that join the four other modules, which return values and print nothing,
-and the commands, which read their options, call these and print. The modules are imported inside
-the functions that need them, so that `--help` is instant.
+and the commands, which read their options, call these and print.
 
 >>> import collab
->>> model = collab.train_model(collab.read(), epochs=1)  # MovieLens 100K
->>> [each.title for each in collab.recommend(model, user=196, n=1)]
-['Shawshank Redemption, The (1994)']
+>>> trained = collab.train_model(collab.prepare(collab.read()))  # MovieLens 100K
+>>> collab.recommend(trained, 196, n=1)["title"].to_list()
+['Casablanca (1942)']
 """
 
-import atexit
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # before the imports, which take long enough to be interrupted
+
+    def stop(number, _):
+        """On Ctrl-C or SIGTERM: the end, at once, with nothing left half-written."""
+        for path in getattr(sys.modules.get("data"), "UNFINISHED", ()):
+            path.unlink(missing_ok=True)
+        os._exit(128 + number)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop)
+
 import hashlib
+import importlib
 import io
 import json
 import math
-import os
 import pickle
 import re
-import signal
 import statistics
-import sys
 import time
 import warnings
 import zipfile
-from bisect import bisect_left
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial, wraps
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import click
 
-FEATURES = ("id", "implicit", "side", "time")
-DATASETS = ("ml-100k", "ml-latest-small", "ml-1m", "ml-10m", "ml-20m", "ml-25m", "ml-32m")
-LOSSES = ("mse", "ordinal")
-SPLITS = ("ua", "ub", "u1", "u2", "u3", "u4", "u5", "random")
 
-# fastai: fastai v1's lesson, matched in every detail. default and best: chosen by tests/tune.py on
-# validation parts of the training part of ml-100k; with fits_data, `fit_recipe` makes of these
-# values those for other data.
-RECIPES = {
-    "fastai": {
-        "fits_data": False,
-        "features": ("id",),
-        "loss": "mse",
-        "y_range": (0.0, 5.5),
-        "std": 0.01,
-        "n_factors": 40,
-        "dropout": 0.0,
-        "ensemble": 1,
-        "epochs": 10,
-        "batch_size": 64,
-        "drop_last": True,
-        "lr_max": 0.01,
-        "weight_decay": 0.1,
-        "bias_decay": 0.1,
-    },
-    "default": {
-        "fits_data": True,
-        "features": ("id",),
-        "loss": "mse",
-        "y_range": (0.5, 5.5),
-        "std": 0.003,
-        "n_factors": 40,
-        "dropout": 0.0,
-        "ensemble": 1,
-        "epochs": 6,
-        "batch_size": 612,
-        "drop_last": False,
-        "lr_max": 0.01,
-        "weight_decay": 0.6,
-        "bias_decay": 0.3,
-    },
-    "best": {
-        "fits_data": True,
-        "features": ("id", "implicit", "side", "time"),
-        "loss": "ordinal",
-        "y_range": None,
-        "std": 0.003,
-        "n_factors": 32,
-        "dropout": 0.1,
-        "ensemble": 5,
-        "epochs": 16,
-        "batch_size": 1024,
-        "drop_last": False,
-        "lr_max": 0.015,
-        "weight_decay": 0.9,
-        "bias_decay": 0.3,
-    },
+class Lazy:
+    """A module that is imported when something of it is first used: `--help` needs none of these.
+
+    (importlib's LazyLoader is no way: torch looks at all modules as it is imported, which would
+    import those that import torch.)
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __getattr__(self, attribute: str):
+        return getattr(importlib.import_module(self.name), attribute)
+
+
+pl, torch = Lazy("polars"), Lazy("torch")
+data, model, schedule, train = map(Lazy, ("data", "model", "schedule", "train"))
+
+# Recipes, and the rule that fits them to data
+
+# Chosen by tests/tools/tune.py on validation parts of the training part of ml-100k; with
+# fits_data, `fit_recipe` makes of these values those for other data.
+# fmt: off
+DEFAULT = {
+    "fits_data": True, "features": ("id",), "loss": "mse", "y_range": None, "std": 0.003,
+    "n_factors": 40, "dropout": 0.0, "ensemble": 1, "epochs": 6, "batch_size": 612,
+    "drop_last": False, "lr_max": 0.01, "weight_decay": 0.6, "bias_decay": 0.3,
 }
-
-
+FASTAI = DEFAULT | {  # fastai v1's lesson, matched in every detail
+    "fits_data": False, "y_range": (0.0, 5.5), "std": 0.01, "epochs": 10, "batch_size": 64,
+    "drop_last": True, "weight_decay": 0.1, "bias_decay": 0.1,
+}
+BEST = DEFAULT | {
+    "features": ("id", "implicit", "side", "time"), "loss": "ordinal", "n_factors": 32,
+    "dropout": 0.1, "ensemble": 5, "epochs": 16, "batch_size": 1024, "lr_max": 0.015,
+    "weight_decay": 0.9,
+}
+# fmt: on
+RECIPES = {"fastai": FASTAI, "default": DEFAULT, "best": BEST}
 # Of ml-100k's split ua, which the recipes' values are for.
 UA_RATINGS, UA_ROWS = 90_570, 943 + 1_680  # training ratings; users and items that have some
-LEAST_BATCH = 2
 MOST_LEVELS = 100  # distinct ratings that loss ordinal takes; it has a bias for each
-PRIOR_WIDTH = 4.0  # of a new user's row, by `tests/fold_in.py --validate`
+PRIOR_WIDTH = 4.0  # of a new user's row, by `tests/tools/fold_in.py --validate`
 LARGEST = 3e38  # of float32's numbers
 SCORES_AT_ONCE = 1 << 24  # predictions held in memory when all items are ranked
 
 
-class Data(NamedTuple):
-    """What a training reads, as polars frames."""
-
-    name: str | None  # of the MovieLens; None for ratings of the user's own
-    source: str  # the name or the path
-    ratings: object  # user, item, rating[, timestamp], as `data.read_ratings`
-    test: object | None  # a test part of its own, the same
-    users: object | None  # side information, as `data.read_users` and `data.read_items`
-    items: object | None
-    rating_range: tuple | None  # of the scale; None for that of the ratings
+class Usage(click.UsageError, ValueError):
+    """Options that do not go together, or that there are not."""
 
 
-def read(
-    dataset=None,
-    ratings=None,
-    *,
-    test=None,
-    users=None,
-    items=None,
-    columns=None,
-    rating_range=None,
-    allow_similar_ids=False,
-    data_dir=None,
-    notice=lambda line: None,
-):
-    """Read a MovieLens, ml-100k unless named, or `ratings`, a path, with the tables beside it.
+def choose_options(recipe: str, given: dict) -> dict:
+    """The recipe's options with those `given` over them, by name, None for not given.
 
-    `columns` and `rating_range` are those of `data.read_ratings`. Of several ratings of one (user,
-    item) the latest is kept. `notice` gets a line on where data came from and on what was left out.
-    ValueError and OSError in one line for what cannot be read, and, unless `allow_similar_ids`, for
-    ids that differ only in case or spaces.
+    `Usage` for what the command line would refuse, too.
     """
-    import data
-
-    dataset = choose_dataset(dataset, ratings)
-    if dataset is None:
-        path = Path(ratings)
-    else:
-        path = data.get_dataset(dataset, data_dir and Path(data_dir), notice=notice)
-    options = {"rating_range": rating_range, "notice": notice}
-    frames = [
-        read_part(path, columns=columns if dataset is None else None, **options),
-        None if test is None else read_part(Path(test), columns=columns, **options),
-    ]
-    has_tables = path.is_dir() or (path.is_file() and zipfile.is_zipfile(path))  # a pipe: once
-    tables = []
-    for reader, own, name in ((data.read_users, users, "user"), (data.read_items, items, "item")):
-        if own is not None:
-            tables.append(reader(Path(own), column=(columns or {}).get(name)))
-            if tables[-1] is None:
-                raise ValueError(f"{own}: no table of {name}s in it")
-        else:
-            tables.append(reader(path) if has_tables else None)
-    frames = data.same_ids(*frames, *tables)
-    if not allow_similar_ids:
-        for frame in frames[:2]:
-            if frame is not None:
-                data.check_ids(frame)
-    return Data(dataset, dataset or str(ratings), *frames, rating_range)
-
-
-def read_part(path, *, columns, rating_range, notice):
-    """The ratings of a file, one for each user and item."""
-    import data
-
-    ratings = data.read_ratings(path, columns=columns, rating_range=rating_range)
-    kept = data.drop_repeats(ratings)
-    if n_repeats := len(ratings) - len(kept):
-        notice(f"{path}: {n_repeats:,} earlier ratings of the same user and item are left out")
-    return kept
-
-
-class Task(NamedTuple):
-    """What a model is trained and tested on, as tensors."""
-
-    train: tuple  # users, items, ratings, and the context of each where features have one
-    test: tuple  # the same
-    ids: tuple  # data.Ids
-    seen: tuple  # bool masks of the users and of the items that training tells something of
-    averages: tuple  # model.Averages of the training ratings
-    features: tuple | None  # model.Features; None for ids alone
-    sizes: tuple  # how many features users and items have; how many they are for ids alone
-    times: object = None  # (N,) int64 timestamps of train; None without the feature time
-
-
-def prepare(train, test, kinds, *, users=None, items=None, allow_overlap=False):
-    """Make a `Task` of two frames of ratings and, for features, those of users and items."""
-    import data
-    import model
-
-    part, test_part, ids = data.to_tensors(train, test, allow_overlap=allow_overlap)
-    about = {"users": users, "items": items} if "side" in kinds else {}
-    seen, features, times = data.find_seen(part, ids, **about), None, None
-    sizes = n_users, n_items = len(ids.users), len(ids.items)
-    averages = model.find_averages(*part, n_users=n_users, n_items=n_items)
-    if tuple(kinds) != ("id",):
-        *matrices, sizes = data.features(train, ids, kinds, **about)
-        features = model.Features(*matrices)
-    if "time" in kinds:
-        context, test_context = data.time_context(train, test)
-        part, test_part = (*part, context), (*test_part, test_context)
-        times = train["timestamp"].to_torch()
-    return Task(part, test_part, ids, seen, averages, features, sizes, times)
-
-
-def choose_features(kinds, found, *, is_given, notice):
-    """Those of `kinds` that the `Data` has. Another is a ValueError if `is_given` by the user."""
-    lacks = {}
-    if found.users is None and found.items is None:
-        lacks["side"] = "tables of users or items"
-    frames = [frame for frame in (found.ratings, found.test) if frame is not None]
-    if any("timestamp" not in frame.columns for frame in frames):
-        lacks["time"] = "timestamps"
-    for kind in kinds:
-        if is_given and kind in lacks:
-            raise ValueError(f"the feature {kind}: the data has no {lacks[kind]}")
-        if kind in lacks:
-            notice(f"without the feature {kind}: the data has no {lacks[kind]}")
-    return tuple(kind for kind in kinds if kind not in lacks)
-
-
-def choose_head(ratings, options):
-    """Name and arguments of the `model.Head` for `options` and the training `ratings`.
-
-    ValueError when there are too few or too many distinct ratings to be levels.
-    """
+    types = {option.name: option.type for option in train_command.params}
+    if recipe not in RECIPES or not set(given) <= set(DEFAULT):
+        raise Usage(f"no recipe {recipe!r}, or no option of {', '.join(given)}.")
+    options = dict(RECIPES[recipe])
+    for name in (name for name, value in given.items() if value is not None):
+        try:
+            options[name] = check_value(None, None, types[name].convert(given[name], None, None))
+        except click.UsageError as error:
+            raise Usage(f"{name}: {error.message}") from None
+    check_names("features", options["features"], data.FEATURES)
     if options["loss"] == "ordinal":
-        levels = ratings.unique()
-        if not is_ordinal(levels):
-            raise ValueError(
-                f"--loss ordinal needs 3 to {MOST_LEVELS} distinct ratings, "
-                f"the training part has {len(levels)}"
-            )
-        shares = [(ratings > level).double().mean().item() for level in levels[:-1]]
-        return "ordinal", (levels.tolist(), shares)
-    low, high = options["y_range"]
-    mean, unit = (low + high) / 2, 1.0
+        options["y_range"] = None
+        if given.get("y_range") is not None:
+            raise Usage("--y-range goes with --loss mse.")
+    return options
+
+
+def check_names(what: str, names: tuple, known) -> None:
+    """`Usage` for a name that is not known, or is there twice."""
+    for place, name in enumerate(names):
+        if name not in known or name in names[:place]:
+            raise Usage(f"{what}: '{name}' is not one of {', '.join(known)}, or is there twice.")
+
+
+def fit_recipe(
+    options: dict, given: dict, columns: tuple, clip: tuple, notice=lambda line: None
+) -> dict:
+    """The options for the training `columns`, users, items and ratings (N,); `given` ones stay.
+
+    A recipe's values are those for ml-100k's split ua. Of these, with R users and items that have
+    training ratings, and the scale `clip`,
+
+        batch_size = recipe's * N / 90,570, at least 2
+        weight_decay, bias_decay = recipe's * (34.5 / (N / R))^0.7
+        y_range = the scale and an eighth of it at both ends, within mean -+ 4 deviations
+
+    So there are as many steps whatever N is, and the fewer ratings a row has, the more it is held.
+    34.5 is 90,570 / 2,623. Where there are too few or too many distinct ratings for loss ordinal,
+    it is mse, which `notice` is told. ValueError for ratings that do not go with options given.
+    """
+    ratings, (low, high), fitted = columns[2], clip, {}
+    n_levels = len(ratings.unique()) if options["loss"] == "ordinal" else MOST_LEVELS
+    if not 3 <= n_levels <= MOST_LEVELS:
+        if given.get("loss") is not None:
+            needs = f"--loss ordinal needs 3 to {MOST_LEVELS} distinct ratings"
+            raise ValueError(f"{needs}, the training part has {n_levels}")
+        notice(f"loss mse, not ordinal, for {n_levels:,} distinct ratings")
+        fitted["loss"] = "mse"
     if options["fits_data"]:
-        mean, unit = find_moments(ratings)
-    return "bounded", (low, high, mean, unit)
+        thinness, (mean, deviation) = find_thinness(columns), find_moments(ratings)
+        fitted["batch_size"] = max(round(options["batch_size"] * len(ratings) / UA_RATINGS), 2)
+        fitted |= {name: options[name] * thinness for name in ("weight_decay", "bias_decay")}
+        if (options | fitted)["loss"] == "mse":
+            margin, reach = (high - low) / 8, 4 * deviation
+            fitted["y_range"] = max(low - margin, mean - reach), min(high + margin, mean + reach)
+    options = options | {name: v for name, v in fitted.items() if given.get(name) is None}
+    lr_max, decay = options["lr_max"], max(options["weight_decay"], options["bias_decay"])
+    if lr_max * decay >= 1:  # the whole is taken off in a step
+        cure = "give a smaller --lr-max, or --weight-decay and --bias-decay"
+        raise Usage(f"--lr-max {lr_max:g} times a decay of {decay:g} is not below 1: {cure}.")
+    is_told = given.get("y_range") or not options["fits_data"]
+    (least, most), (low, high) = find_range(ratings), options["y_range"] or clip
+    if is_told and options["loss"] == "mse" and (least < low or most > high):
+        where = f"y_range {low:g} to {high:g}: give --y-range LOW HIGH"
+        raise ValueError(f"ratings from {least:g} to {most:g} are not all within {where}")
+    return options
 
 
-def is_ordinal(levels):
-    """Whether the distinct ratings `levels` can be those of loss ordinal, each with its bias."""
-    return 3 <= len(levels) <= MOST_LEVELS
+def find_thinness(columns: tuple) -> float:
+    """How much thinner the ratings are than ml-100k's: (34.5 / ratings per user or item)^0.7.
+
+    Of `columns` users and items (N,) are read; those count that are in it.
+    """
+    n_rows = sum((torch.bincount(rows) > 0).sum().item() for rows in columns[:2])
+    return (UA_RATINGS / UA_ROWS / (len(columns[0]) / n_rows)) ** 0.7
 
 
-def find_moments(ratings):
+def find_range(ratings: torch.Tensor) -> tuple[float, float]:
+    """The lowest and the highest of a tensor of ratings."""
+    return ratings.min().item(), ratings.max().item()
+
+
+def find_moments(ratings: torch.Tensor) -> tuple[float, float]:
     """The mean of a tensor of ratings and their standard deviation."""
-    import torch
-
     mean = ratings.mean(dtype=torch.float64).item()
     norm = torch.linalg.vector_norm(ratings - mean, dtype=torch.float64)
     return mean, norm.item() / len(ratings) ** 0.5
 
 
-def make_head(name, arguments):
+def choose_head(ratings: torch.Tensor, options: dict) -> tuple[str, dict]:
+    """Name and arguments of the `model.Head` for `options` and the training `ratings`."""
+    if options["loss"] == "ordinal":
+        levels = ratings.unique()
+        shares = [(ratings > level).double().mean().item() for level in levels[:-1]]
+        return "ordinal", {"levels": levels.tolist(), "shares": shares}
+    low, high = options["y_range"]
+    mean, unit = find_moments(ratings) if options["fits_data"] else ((low + high) / 2, 1.0)
+    return "bounded", {"low": low, "high": high, "mean": mean, "unit": unit}
+
+
+def make_head(name: str, arguments: dict) -> model.Head:
     """The `model.Head` that `choose_head` has named."""
-    import model
-
-    if name == "ordinal":
-        return model.ordinal(*arguments)
-    low, high, mean, unit = arguments
-    return model.bounded(low, high, mean=mean, unit=unit)
+    return {"ordinal": model.ordinal, "bounded": model.bounded}[name](**arguments)
 
 
-class Job(NamedTuple):
-    """What each process trains on."""
-
-    columns: tuple  # Task.train
-    features: tuple | None  # Task.features
-    sizes: tuple  # Task.sizes
-    n_users: int  # rows of users, with features of moments, before those of the items
-    averages: tuple | None  # that biases decay towards
-    head: tuple  # what `choose_head` returns
-    options: dict
-    seed: int
-    n_processes: int
-    resume: tuple | None  # epochs done, and the state of each member
+# Source and task
 
 
-def make_job(task, *, options, seed, n_processes=1, resume=None):
-    """The `Job` of training on all of the task's ratings with `options`, a recipe's dict."""
-    head, n_users = choose_head(task.train[2], options), count_user_rows(task.features, task.ids)
-    averages = task.averages if options["fits_data"] and "id" in options["features"] else None
-    rest = averages, head, options, seed, n_processes, resume
-    return Job(task.train, task.features, task.sizes, n_users, *rest)
+class Source(NamedTuple):
+    """What a training reads, as polars frames, and their scale."""
+
+    name: str  # of the MovieLens, or the path
+    split: str  # how the ratings are cut unless told
+    ratings: pl.DataFrame  # user, item, rating[, timestamp], as `data.read_ratings`
+    test: pl.DataFrame | None  # a test part of its own, the same
+    users: pl.DataFrame | None  # side information, as `data.read_users`, `data.read_items`
+    items: pl.DataFrame | None
+    rating_range: tuple[float, float] | None  # None for that of the training ratings
 
 
-def count_user_rows(features, ids):
-    """Rows of users, and with the feature time of its scales, in the table that features make."""
-    return len(ids[0]) if features is None else len(features[0][0]) - 1 - len(ids[1])
+def read(
+    ratings: str | Path = "ml-100k",
+    *,
+    test: str | Path | None = None,
+    users: str | Path | None = None,
+    items: str | Path | None = None,
+    columns: dict | None = None,
+    rating_range: tuple[float, float] | None = None,
+    data_dir: str | Path | None = None,
+    notice=lambda line: None,
+) -> Source:
+    """Read a MovieLens, by a name of `data.DATASETS`, or a path, with the tables beside it.
 
-
-def fit(task, *, options, seed, n_processes=1, clip=None, resume=None):
-    """Train with `options`, a recipe's dict, and yield `(epochs, row)` after each epoch.
-
-    `epochs` has a `train.Epoch` for each model of the ensemble, which are trained side by side;
-    `row` is a dict of figures: epoch, train_loss, mse, rmse, mae, seconds (training),
-    evaluate_seconds. Predictions are clipped to `clip`, the range of the training ratings unless
-    given. `resume` is that of `Job`. With more than one process, this is the first, and the others
-    call `follow`.
+    `columns` and `rating_range` are those of `data.read_ratings`. Of several ratings of one (user,
+    item) the latest is kept. `notice` gets a line on where data came from and on what was left out.
+    ValueError and OSError in one line for what cannot be read.
     """
-    import train
-
-    clip = clip or find_range(task.train[2])
-    job = make_job(task, options=options, seed=seed, n_processes=n_processes, resume=resume)
-    if n_processes > 1:
-        job = deal(job)
-    head, unit = make_head(*job.head), job.head[1][3] if job.head[0] == "bounded" else 1.0
-    about = {"ids": task.ids, "seen": task.seen, "head": head}
-    start = time.perf_counter()  # what is worked out before the first step counts too
-    for epochs in fit_members(job):
-        trained = time.perf_counter()
-        tables = [to_rows(epoch.params[0], task.features, **about) for epoch in epochs]
-        errors = train.evaluate(
-            lambda *rows, tables=tables: predict_each(tables, *rows, head=head).mean(0),
-            *task.test,
-            clip=clip,
-        )
-        row = {
-            "epoch": epochs[0].epoch,
-            "train_loss": unit**2 * sum(epoch.train_loss for epoch in epochs) / len(epochs),
-            **errors._asdict(),
-            "seconds": trained - start,
-            "evaluate_seconds": time.perf_counter() - trained,
-        }
-        yield epochs, row
-        start = time.perf_counter()
+    is_own = not isinstance(ratings, str) or ratings not in data.DATASETS
+    path = Path(ratings) if is_own else data.get_dataset(ratings, data_dir, notice=notice)
+    frames = []
+    for part, names in ((path, columns if is_own else None), (test and Path(test), columns)):
+        frame = part and data.read_ratings(part, columns=names, rating_range=rating_range)
+        kept = None if frame is None else data.drop_repeats(frame)
+        if n_repeats := 0 if frame is None else len(frame) - len(kept):
+            notice(f"{part}: {n_repeats:,} earlier ratings of the same user and item are left out")
+        frames.append(kept)
+    is_archive = path.is_dir() or (path.is_file() and zipfile.is_zipfile(path))  # a pipe: once
+    for reader, own, name in ((data.read_users, users, "user"), (data.read_items, items, "item")):
+        where = path if own is None and is_archive else own and Path(own)
+        frames.append(where and reader(where, column=own and (columns or {}).get(name)))
+        if own is not None and frames[-1] is None:
+            raise ValueError(f"{own}: no table of {name}s in it")
+    split = "test file" if test else "ua" if ratings == "ml-100k" else "random"
+    name = os.fsencode(ratings).decode(errors="replace")  # a file may have any
+    return Source(name, split, *data.same_ids(*frames), rating_range)
 
 
-def find_range(ratings):
-    """The lowest and the highest of a tensor of ratings."""
-    return ratings.min().item(), ratings.max().item()
+class Task(NamedTuple):
+    """What a model is trained and tested on, and all that is known of it before."""
+
+    train: tuple  # users, items, ratings (N,), and the context of each where features have one
+    test: tuple  # the same
+    times: torch.Tensor | None  # (N,) int64 timestamps of train; None without the feature time
+    ids: data.Ids
+    seen: tuple  # bool masks of the users and of the items that training tells something of
+    averages: model.Averages  # of the training ratings
+    features: model.Features | None  # None for ids alone
+    sizes: tuple[int, int]  # how many features users and items have; for ids alone their numbers
+    options: dict | None = None  # a recipe's, complete
+    head: tuple[str, dict] | None = None  # what `choose_head` returns
+    clip: tuple[float, float] | None = None  # the lowest and the highest rating that is predicted
+    titles: list[str] | None = None  # by row of the items; None where none has one
+    figures: dict | None = None  # recipe, dataset, split, seed, options, counts, baselines
 
 
-def deal(job):
-    """Give process 0's `job` to each process. The other processes pass None."""
-    import torch
+def prepare(
+    source: Source,
+    recipe: str = "default",
+    *,
+    split: str | None = None,
+    holdout: float | None = None,
+    seed: int = 0,
+    allow_overlap: bool = False,
+    notice=lambda line: None,
+    **given,
+) -> Task:
+    """The `Task` of training a recipe, with the options `given` over it, on a `Source`.
 
-    import train
-
-    jobs = [job]
-    train.call_together(torch.distributed.broadcast_object_list, jobs)
-    return jobs[0]
-
-
-def follow(threads):
-    """What a process other than the first does for `fit`: train beside it."""
-    import torch
-
-    torch.set_num_threads(threads)
-    for _ in fit_members(deal(None)):
-        pass
-
-
-def fit_members(job):
-    """Train the ensemble's models side by side; yields a tuple of their `train.Epoch`s."""
-    return zip(*(fit_member(job, number) for number in range(job.options["ensemble"])), strict=True)
-
-
-def fit_member(job, number):
-    """Train one model of the ensemble; yields its `train.Epoch`s, of one table of parameters."""
-    import schedule
-    import train
-
-    options = job.options
-    common = {"batch_size": options["batch_size"], "drop_last": options["drop_last"]}
-    n_steps = options["epochs"] * train.count_batches(len(job.columns[0]), **common)
-    pace = schedule.one_cycle(n_steps, lr_max=options["lr_max"])
-    params, parts = set_up_member(job, pace, number)
-    resume = job.resume and (job.resume[0], job.resume[1][number])
-    return train.fit(
-        params, *job.columns, **parts, n_epochs=options["epochs"], resume=resume, **common
-    )
-
-
-def set_up_member(job, pace, number=0):
-    """The params of a model of the ensemble, and what a loop takes to train them at `pace`."""
-    import torch
-
-    import model
-    import schedule
-    import train
-
-    options, head = job.options, make_head(*job.head)
-    # torch's generator takes 32 bits; this spreads the members over them, the first at `seed`.
-    generator = torch.Generator().manual_seed((job.seed + number * 0x9E3779B1) % 2**32)
-    sizes = {"n_factors": options["n_factors"], "n_outputs": head.n_outputs}
-    params = model.init_params(*job.sizes, **sizes, std=options["std"], generator=generator)
-    center = None
-    table, decay = model.join(params), options["weight_decay"]
-    if job.averages is not None:  # what biases decay towards, instead of zero
-        center = model.join(model.find_center(params, job.averages, head=head))
-        if job.features is not None:
-            center *= find_share(len(job.columns[0]) / count_rows(*job.columns[:2]))
-    if options["bias_decay"] != decay:
-        decay = torch.full(table.shape[1:], decay)
-        decay[-head.n_outputs :] = options["bias_decay"]
-    loss_and_grad = model.loss_and_grad
-    if job.features is not None:
-        loss_and_grad = partial(model.embedded_loss_and_grad, features=job.features)
-    given = {"n_users": job.n_users, "head": head, "dropout": options["dropout"]}
-    loss_and_grad = partial(loss_and_grad, **given, generator=generator)
-    return [table], {
-        "loss_and_grad": train.share(loss_and_grad) if job.n_processes > 1 else loss_and_grad,
-        "optimizer": schedule.adamw(pace, weight_decay=[decay], centers=[center]),
-        "generator": generator,
-    }
-
-
-def to_rows(table, features, *, ids, seen, head):
-    """`model.Params` with a row a user and a row an item, the unseen filled, to predict with."""
-    import model
-
-    if features is not None:
-        table = model.embed(table, features[0])
-    params = model.split_table(table, count_user_rows(features, ids), n_outputs=head.n_outputs)
-    return model.fill_unseen(params, *seen)
-
-
-def predict_rows(members, *rows, head):
-    """Mean and standard deviation of the members' predictions of pairs, as `model.predict` does.
-
-    The deviation says how much the models of the ensemble disagree; it is 0 for a single one.
+    `split` is one of `data.split`: ua for ml-100k, else random, unless given; a source with a test
+    part of its own is not split. With `holdout`, the test part is dropped unread, and that share of
+    the training part takes its place. `notice` gets a line on what is missing. ValueError for
+    options, features or a split that do not go with the data, and for nothing to learn.
     """
-    predictions = predict_each(members, *rows, head=head)
-    mean = predictions.mean(0)
-    return mean, (predictions - mean).square().mean(0).sqrt()
+    options = choose_options(recipe, given)
+    kinds = options["features"] = choose_features(source, options["features"], given, notice)
+    split, parts = split or source.split, [source.ratings, source.test]
+    if source.test is None:
+        is_timed = "time" in kinds or split.startswith("last")
+        ratings = source.ratings if is_timed else source.ratings.drop("timestamp", strict=False)
+        parts = [*data.split(ratings, split, seed=seed)]
+        parts = parts if holdout is None else [*data.hold_out(parts[0], holdout, seed=seed)]
+    elif split != source.split or holdout is not None:
+        raise Usage("--split and --holdout do not go together with --test.")
+    task = make_task(parts, source, kinds, allow_overlap=allow_overlap)
+    ratings, (n_users, n_items) = task.train[2], map(len, task.ids)
+    clip = source.rating_range or find_range(ratings)
+    if ratings.min() == ratings.max():
+        where = f"{source.name}: all ratings of the training part are"
+        raise ValueError(f"{where} {ratings[0]:g}: there is nothing to learn")
+    options = fit_recipe(options, given, task.train, clip, notice)
+    n_seen = [(torch.bincount(rows) > 0).sum().item() for rows in task.train[:2]]
+    n_unseen = n_users - n_seen[0], n_items - n_seen[1]
+    if any(n_unseen):
+        how = "by their features" if all(seen.all() for seen in task.seen) else "as average"
+        text = "without training ratings: {} users, {} items; predicted {}"
+        notice(text.format(*n_unseen, how))
+    figures = {"recipe": recipe, "dataset": source.name, "split": split, "seed": seed}
+    figures |= {"options": options, "n_users": n_users, "n_items": n_items}
+    figures |= {"n_train": len(ratings), "n_test": len(task.test[2])}
+    figures |= {"baselines": find_baselines(task, clip)}
+    figures |= {} if holdout is None else {"holdout": holdout}
+    titles = find_titles(source.items, task.ids.items)
+    rest = {"titles": titles, "options": options, "clip": clip, "figures": figures}
+    return task._replace(head=choose_head(ratings, options), **rest)
 
 
-def predict_each(members, *rows, head):
-    """The predictions of each member, along the first dimension."""
-    import torch
-
-    import model
-
-    return torch.stack([model.predict(params, *rows, head=head) for params in members])
-
-
-def cut(ratings, split, *, seed, holdout=None):
-    """The train and test frames of `split`; with `holdout`, a share of train and the rest of it.
-
-    With `holdout` the split's test part is dropped unread, and the share takes its place.
-    """
-    import data
-
-    train, test = data.split(ratings, split, seed=seed)
-    return (train, test) if holdout is None else data.hold_out(train, holdout, seed=seed)
+def choose_features(source: Source, kinds: tuple, given: dict, notice=lambda line: None) -> tuple:
+    """Those of `kinds` that the source has. Another is a ValueError if the user has given it."""
+    lacks = {}
+    if source.users is None and source.items is None:
+        lacks["side"] = "tables of users or items"
+    frames = [frame for frame in (source.ratings, source.test) if frame is not None]
+    if any("timestamp" not in frame.columns for frame in frames):
+        lacks["time"] = "timestamps"
+    for kind in (kind for kind in kinds if kind in lacks):
+        if given.get("features") is not None:
+            raise ValueError(f"the feature {kind}: the data has no {lacks[kind]}")
+        notice(f"without the feature {kind}: the data has no {lacks[kind]}")
+    return tuple(kind for kind in kinds if kind not in lacks)
 
 
-def describe_unseen(task):
-    """One line on the users and items without training ratings, or None where all have some."""
-    pairs = zip(task.ids, task.train[:2], strict=True)
-    counts = [len(raw_ids) - len(rows.unique()) for raw_ids, rows in pairs]
-    if not any(counts):
+def make_task(parts: list, source: Source, kinds: tuple, *, allow_overlap: bool) -> Task:
+    """The tensors of a `Task` from its train and test frames, which leave `parts` meanwhile."""
+    frame, test_frame = parts
+    parts.clear()
+    part, test, ids = data.to_tensors(frame, test_frame, allow_overlap=allow_overlap)
+    about = {"users": source.users, "items": source.items} if "side" in kinds else {}
+    sizes, features = tuple(map(len, ids)), None
+    if kinds != ("id",):
+        *matrices, sizes = data.features(frame, ids, kinds, **about)
+        features = model.Features(*matrices)
+    contexts = data.time_context(frame, test_frame) if "time" in kinds else None
+    times = frame["timestamp"].to_torch() if "time" in kinds else None
+    del frame, test_frame  # of 25 million ratings half a gigabyte
+    seen = data.find_seen(part, ids, **about)
+    averages = model.find_averages(*part, n_users=len(ids.users), n_items=len(ids.items))
+    if contexts is not None:
+        part, test = ((*each, c) for each, c in zip((part, test), contexts, strict=True))
+    return Task(tuple(part), tuple(test), times, ids, seen, averages, features, sizes)
+
+
+def find_titles(items: pl.DataFrame | None, item_ids: pl.Series) -> list[str] | None:
+    """The title of each item, its id where it has none; None where none has one."""
+    if items is None or "title" not in items.columns:
         return None
-    how = "by their features" if all(seen.all() for seen in task.seen) else "as average"
-    return "without training ratings: {} users, {} items; predicted {}".format(*counts, how)
+    titles = dict(items.select("item", "title").drop_nulls().iter_rows())
+    return [titles.get(item) or str(item) for item in item_ids]
 
 
-def describe_task(training):
-    """Lines on what is trained on, and on the errors that there are without a model."""
-    ratings, figures, clip = training.task.train[2], training.figures, training.clip
-    low, high = find_range(ratings)
-    n_ratings = figures["n_train"] + figures["n_test"]
-    counts = "{n_users:,} users, {n_items:,} items".format_map(figures)
-    yield f"{counts}, {n_ratings:,} ratings from {low:g} to {high:g}"
-    sample = ratings[:: max(len(ratings) // 1_000_000, 1)]
-    least, most = (sample.quantile(q).item() for q in (0.1, 0.9))
-    if high - low > 3 * (most - least):
-        where = f"from {least:g} to {most:g}" if least < most else f"{most:g}"
-        yield (
-            f"8 of 10 ratings are {where}: if those far beyond are mistakes, leave them out; if "
-            "they are counts, pass logarithms"
-        )
-    if unseen := describe_unseen(training.task):
-        yield unseen
-    yield from describe_baselines(figures["baselines"], clip)
-
-
-BASELINES = {"mean": "mean rating", "averages": "averages of users and items"}
-
-
-def describe_baselines(baselines, clip):
-    """A line on each of what `find_baselines` returns."""
-    for name, errors in baselines.items():
-        yield f"without a model, by the {BASELINES[name]}: {format_errors(errors, clip)}"
-
-
-def find_scale(bounds):
-    """The power of ten that ratings with these bounds are nearest to, 1 to 5 being 0."""
-    return round(math.log10((bounds[1] - bounds[0]) / 4))
-
-
-def format_number(value, scale, digits=4):
-    """With `digits` decimals at scale 0, fewer or more at others; far from it, in powers of ten."""
-    if -3 <= scale <= 4:
-        return f"{value:.{max(digits - scale, 0)}f}"
-    return f"{value:.{digits}e}"
-
-
-def format_errors(errors, bounds):
-    """MSE, RMSE and MAE of ratings with these bounds."""
-    scale = find_scale(bounds)
-    scales = {"mse": 2 * scale, "rmse": scale, "mae": scale}
-    return ", ".join(f"{name} {format_number(errors[name], s)}" for name, s in scales.items())
-
-
-def choose_options(recipe, given):
-    """The recipe's options with those given over them. ValueError where they do not go together."""
-    if recipe not in RECIPES:
-        raise ValueError(f"no recipe {recipe!r}")
-    if unknown := sorted(set(given) - set(RECIPES[recipe])):
-        raise ValueError(f"no option {unknown}")
-    options = RECIPES[recipe] | {name: value for name, value in given.items() if value is not None}
-    if options["loss"] not in LOSSES:
-        raise ValueError(f"no loss {options['loss']!r}: it is {' or '.join(LOSSES)}")
-    if options["loss"] == "ordinal" and given.get("y_range") is not None:
-        raise ValueError("--y-range goes with --loss mse.")
-    check_decay(options)
-    return options
-
-
-def check_decay(options):
-    """ValueError for a decay that takes more than the whole off in a step."""
-    lr_max, decay = options["lr_max"], max(options["weight_decay"], options["bias_decay"])
-    if lr_max * decay >= 1:
-        cure = "give a smaller --lr-max, or --weight-decay and --bias-decay"
-        raise ValueError(f"--lr-max {lr_max:g} times a decay of {decay:g} is not below 1: {cure}.")
-
-
-def choose_dataset(dataset, source):
-    """The data set's name, None with ratings of the user's own. ValueError for both."""
-    if dataset is not None and source is not None:
-        raise ValueError(f"--dataset {dataset} and --ratings {source} are two data sets.")
-    return dataset or (DATASETS[0] if source is None else None)
-
-
-def fit_recipe(options, given, *, ratings, n_rows, clip, notice):
-    """The options for the training `ratings` (N,) of `n_rows` users and items; `given` ones stay.
-
-    A recipe's values are those for ml-100k's split ua. Of these,
-
-        batch_size = recipe's * N / 90,570, at least 2
-        weight_decay, bias_decay = recipe's * (34.5 / (N / n_rows))^0.7
-        y_range = the scale and an eighth of it at both ends, within mean -+ 4 deviations
-
-    with `n_rows` users and items that have training ratings. So there are as many steps whatever N
-    is, and the fewer ratings a row has, the more it is held. The scale is `clip`; 34.5 is 90,570 /
-    2,623. Where there are too few or too many distinct ratings for loss ordinal, it is mse, which
-    `notice` is told.
-    """
-    if not options["fits_data"]:
-        return options
-    low, high = clip
-    margin, (mean, deviation) = (high - low) / 8, find_moments(ratings)
-    thinness = find_thinness(len(ratings) / n_rows)
-    fitted = {
-        "loss": options["loss"],
-        "batch_size": max(round(options["batch_size"] * len(ratings) / UA_RATINGS), LEAST_BATCH),
-        "weight_decay": options["weight_decay"] * thinness,
-        "bias_decay": options["bias_decay"] * thinness,
-    }
-    if options["loss"] == "ordinal" and given.get("loss") is None:
-        n_levels = len(levels := ratings.unique())
-        if not is_ordinal(levels):
-            fitted["loss"] = "mse"
-            notice(f"loss mse, not ordinal, for {n_levels:,} distinct ratings")
-    if fitted["loss"] == "mse":
-        bounds = max(low - margin, mean - 4 * deviation), min(high + margin, mean + 4 * deviation)
-        fitted["y_range"] = bounds
-    return options | {name: value for name, value in fitted.items() if given.get(name) is None}
-
-
-def count_rows(users, items):
-    """How many users and items have training ratings."""
-    import torch
-
-    return sum((torch.bincount(rows) > 0).sum().item() for rows in (users, items))
-
-
-def find_thinness(ratings_per_row):
-    """How much thinner the ratings are than ml-100k's: (34.5 / ratings per user or item)^0.7."""
-    return (UA_RATINGS / UA_ROWS / ratings_per_row) ** 0.7
-
-
-def find_share(ratings_per_row):
-    """How much of the averages biases decay towards where rows have other features than the id.
-
-    t^2 / (1 + t^2) with thinness t: all where ratings are few. Where they are many, the other
-    features' biases tell of the averages, too.
-    """
-    return 1 / (1 + find_thinness(ratings_per_row) ** -2)
-
-
-def check_y_range(ratings, options, given):
-    """ValueError for a rating outside of a y_range that was not made for the ratings."""
-    if options["loss"] == "mse" and (given.get("y_range") or not options["fits_data"]):
-        (low, high), (least, most) = options["y_range"], find_range(ratings)
-        if least < low or most > high:
-            where = f"y_range {low:g} to {high:g}: give --y-range LOW HIGH"
-            raise ValueError(f"ratings from {least:g} to {most:g} are not all within {where}")
-
-
-def find_baselines(task, clip):
-    """Errors on the test part without a model: of the mean, and of `model.find_averages`."""
-    import train
-
+def find_baselines(task: Task, clip: tuple[float, float]) -> dict:
+    """Errors on the test part without a model: of the mean, and of the averages."""
     mean, users, items = task.averages
     predictions = {
         "mean": lambda rows, columns, *_: users.new_full(rows.shape, mean),
         "averages": lambda rows, columns, *_: mean + users[rows] + items[columns],
     }
-    return {
-        name: train.evaluate(predict, *task.test, clip=clip)._asdict()
-        for name, predict in predictions.items()
-    }
+    evaluate = partial(train.evaluate, clip=clip)
+    return {name: evaluate(each, *task.test)._asdict() for name, each in predictions.items()}
 
 
-class Training(NamedTuple):
-    """A training, ready to begin."""
-
-    task: Task
-    options: dict  # a recipe's, complete
-    clip: tuple  # the lowest and the highest rating that is predicted
-    titles: list | None  # by row of the items
-    figures: dict  # what is known of it before: recipe, dataset, split, seed, options, counts
+# Training
 
 
-def set_up(
-    found,
+def train_model(
+    task: Task,
     *,
-    recipe="default",
-    split=None,
-    holdout=None,
-    seed=0,
-    allow_overlap=False,
-    notice=lambda line: None,
-    **given,
-):
-    """The `Training` of a recipe, with the options `given` over it, on `Data` cut by `split`.
+    on_epoch=lambda figures: None,
+    checkpoint=None,
+    resume=None,
+    arguments: dict | None = None,
+) -> Model:
+    """Train the ensemble's members side by side, and return the `Model`.
 
-    `split` and `holdout` are those of `cut`: ua for ml-100k, else random, unless given; data with a
-    test part of its own is not split. ValueError for options, features or a split that do not go
-    with the data, and for a training part with nothing to learn.
+    After each epoch `on_epoch` gets its figures, a dict: epoch, train_loss, mse, rmse, mae, seconds
+    (of training), evaluate_seconds; the model's `figures` are what `train --metrics` writes. A
+    file `checkpoint` is written after each epoch, with `arguments`, plain values; training goes on
+    after the last epoch of such a file, `resume`, to the same bits. torch's number of threads is
+    the caller's: one is fastest for small batches. Under `torch.distributed` the other processes
+    run `fit_members(train.broadcast())`. ValueError for a loss that is not finite, and for a
+    checkpoint of another task.
     """
-    return plan_training(found, recipe, split, holdout, seed, allow_overlap, given, notice)
+    rows, states, tables = [], None, []
+    fingerprint = find_fingerprint(task) if checkpoint or resume else None
+    if resume is not None:
+        rows, states = load_states(resume, task, fingerprint)
+        tables = [table for table, *_ in states]
+    for row in rows:
+        on_epoch(row)
+    if torch.distributed.is_initialized():
+        train.broadcast(task)
+    predict, unit = partial(predict_each, head=make_head(*task.head)), task.head[1].get("unit", 1.0)
+    start = time.perf_counter()  # what is worked out before the first step counts too
+    for epochs in fit_members(task, len(rows), states):
+        fitted = time.perf_counter()
+        tables = [epoch.params[0] for epoch in epochs]
+        members = [to_rows(task, table) for table in tables]
+        mean = lambda *pairs, members=members: predict(members, *pairs).mean(0)  # noqa: E731
+        errors = train.evaluate(mean, *task.test, clip=task.clip)
+        loss = statistics.mean(epoch.train_loss for epoch in epochs)
+        row = {"epoch": epochs[0].epoch, "train_loss": loss * unit**2}
+        row |= errors._asdict() | {"seconds": fitted - start}
+        rows.append(row | {"evaluate_seconds": time.perf_counter() - fitted})
+        if checkpoint is not None:
+            states = [epoch.state for epoch in epochs]
+            save_states(checkpoint, fingerprint, rows, states, arguments)
+        on_epoch(rows[-1])
+        start = time.perf_counter()
+    return make_model(task, tables, rows)
 
 
-def plan_training(found, recipe, split, holdout, seed, allow_overlap, given, notice):
-    """`set_up` that lets go of `found` before the tensors are made if nobody else holds it.
+def fit_members(task: Task, n_done: int = 0, states: list | None = None):
+    """Train the members side by side; yields a tuple of their `train.Epoch`s, of one table each."""
+    options, members = task.options, []
+    common = {"batch_size": options["batch_size"], "drop_last": options["drop_last"]}
+    n_steps = options["epochs"] * train.count_batches(len(task.train[0]), **common)
+    pace, centers = schedule.one_cycle(n_steps, lr_max=options["lr_max"]), find_centers(task)
+    for number in range(options["ensemble"]):
+        params, parts = set_up_member(task, pace, centers, number)
+        resume = states and (n_done, states[number])
+        parts |= {"n_epochs": options["epochs"], "resume": resume, **common}
+        members.append(train.fit(params, *task.train, **parts))
+    return zip(*members, strict=True)
 
-    A call with ** would hold it, which of 25 million ratings is 0.7 gigabytes.
+
+def find_centers(task: Task) -> list[torch.Tensor | None]:
+    """What the table decays towards: biases towards the averages; None for zero.
+
+    Where rows have other features than the id, whose biases tell of the averages too when ratings
+    are many, it is a share of them: t^2 / (1 + t^2) with the thinness t.
     """
-    options = choose_options(recipe, given)
-    check_split(split, found.test, holdout)
-    is_given = given.get("features") is not None
-    kinds = options["features"] = choose_features(
-        options["features"], found, is_given=is_given, notice=notice
+    if not task.options["fits_data"] or "id" not in task.options["features"]:
+        return [None]
+    head = make_head(*task.head)
+    outputs = () if head.n_outputs == 1 else (head.n_outputs,)
+    shapes = [(n, *last) for last in ((task.options["n_factors"],), outputs) for n in task.sizes]
+    zeros = model.Params(*map(torch.zeros, shapes))
+    center = model.join(model.find_center(zeros, task.averages, head=head))
+    share = 1.0 if task.features is None else 1 / (1 + find_thinness(task.train) ** -2)
+    return [center * share]
+
+
+def set_up_member(task: Task, pace, centers: list, number: int = 0) -> tuple[list, dict]:
+    """The params of a model of the ensemble, and what a loop takes to train them at `pace`."""
+    options, head = task.options, make_head(*task.head)
+    # torch's generator takes 32 bits; this spreads the members over them, the first at the seed.
+    seed = (task.figures["seed"] + number * 0x9E3779B1) % 2**32
+    generator = torch.Generator().manual_seed(seed)
+    shape = {"n_factors": options["n_factors"], "n_outputs": head.n_outputs}
+    params = model.init_params(*task.sizes, **shape, std=options["std"], generator=generator)
+    table, decay = model.join(params), options["weight_decay"]
+    if options["bias_decay"] != decay:
+        decay = torch.full(table.shape[1:], decay)
+        decay[-head.n_outputs :] = options["bias_decay"]
+    loss_and_grad = partial(
+        model.loss_and_grad,
+        n_users=count_lines(task.options, task.ids) - len(task.ids.items),
+        head=head,
     )
-    split = split or ("ua" if found.name == "ml-100k" else "random")
-    ratings, test = found.ratings, found.test
-    about = {"users": found.users, "items": found.items}
-    source, rating_range = found.source, found.rating_range
-    del found
-    if "time" not in kinds and not split.startswith("last"):
-        ratings = ratings.drop("timestamp", strict=False)
-    if test is None:
-        ratings, test = cut(ratings, split, seed=seed, holdout=holdout)
-    else:
-        split = "test file"
-    task = prepare(ratings, test, kinds, allow_overlap=allow_overlap, **about)
-    del ratings, test
-    check_part(task, source)
-    clip = rating_range or find_range(task.train[2])
-    about_data = {"ratings": task.train[2], "n_rows": count_rows(*task.train[:2]), "clip": clip}
-    options = fit_recipe(options, given, **about_data, notice=notice)
-    check_decay(options)
-    check_y_range(task.train[2], options, given)
-    choose_head(task.train[2], options)  # its errors come before the first step
-    figures = {
-        "recipe": recipe,
-        "dataset": source,
-        "split": split,
-        "seed": seed,
-        "options": options,
-        "n_users": len(task.ids.users),
-        "n_items": len(task.ids.items),
-        "n_train": len(task.train[2]),
-        "n_test": len(task.test[2]),
-        "baselines": find_baselines(task, clip),
-    }
-    if holdout is not None:
-        figures["holdout"] = holdout
-    return Training(task, options, clip, find_titles(about["items"], task.ids.items), figures)
+    if task.features is not None:
+        about = {"features": task.features, **loss_and_grad.keywords}
+        loss_and_grad = partial(model.embedded_loss_and_grad, **about)
+    if torch.distributed.is_initialized():
+        loss_and_grad = train.share(loss_and_grad)
+    if options["dropout"]:
+        about = {"dropout": options["dropout"], "n_factors": options["n_factors"]}
+        loss_and_grad = model.with_dropout(loss_and_grad, **about, generator=generator)
+    optimizer = schedule.adamw(pace, weight_decay=[decay], centers=centers)
+    parts = {"loss_and_grad": loss_and_grad, "optimizer": optimizer, "generator": generator}
+    return [table], parts
 
 
-def check_split(split, test, holdout):
-    """ValueError where a test part is named twice."""
-    for name, value in (("split", split), ("holdout", holdout)):
-        if test is not None and value is not None:
-            raise ValueError(f"--{name} {value} and --test do not go together.")
+def count_lines(options: dict, ids) -> int:
+    """Rows of the table that features make: users, with the feature time its scales, and items."""
+    return sum(map(len, ids)) + len(data.TIME_SCALES) * ("time" in options["features"])
 
 
-def check_part(task, source):
-    """ValueError for a training part of one user, one item or one rating."""
-    what = "all ratings of the training part are"
-    for name, raw_ids, rows in zip(("user", "item"), task.ids, task.train[:2], strict=True):
-        if not (rows != rows[0]).any():
-            raise ValueError(f"{source}: {what} of one {name}, {raw_ids[rows[0].item()]!r}")
-    low, high = find_range(task.train[2])
-    if low == high:
-        raise ValueError(f"{source}: {what} {low:g}: there is nothing to learn")
+def to_rows(task: Task | Model, table: torch.Tensor) -> model.Params:
+    """The trained `table` with a row a user and a row an item, to predict with.
 
-
-def find_titles(items, item_ids):
-    """The title of each item, its id where it has none; None where none has one."""
-    if items is None or "title" not in items.columns:
-        return None
-    titles = dict(items.select("item", "title").drop_nulls().iter_rows())
-    return [titles.get(item) or str(item) for item in item_ids.to_list()]
-
-
-def conclude(training, rows):
-    """The figures of a training, as `--metrics` writes them, from those of its epochs."""
-    rows = [dict(row) for row in rows]
-    evaluate_seconds = sum(row.pop("evaluate_seconds") for row in rows)
-    return {
-        **training.figures,
-        "epochs": rows,
-        **{name: rows[-1][name] for name in ("mse", "rmse", "mae")},
-        "fit_seconds": sum(row["seconds"] for row in rows),
-        "evaluate_seconds": evaluate_seconds,
-    }
-
-
-def describe_test(figures):
-    """What a training was tested on."""
-    if "holdout" in figures:
-        return "{holdout:g} of the training part of {split}".format_map(figures)
-    return figures["split"]
-
-
-def train_model(found, *, threads=1, **settings):
-    """Train on what `read` returns, with the settings of `set_up`. Returns a `Model`.
-
-    Its `figures` have the error on the test part. torch has `threads` meanwhile: one is fastest for
-    small batches, and numbers are the same for the same seed and number of threads.
+    Rows that training tells nothing of are average ones, and so is the one behind each side's.
     """
-    import torch
+    if task.features is not None:
+        table = model.embed(table, task.features[0])
+    n_outputs = make_head(*task.head).n_outputs
+    params = model.split_table(table, len(table) - len(task.ids.items), n_outputs=n_outputs)
+    return model.add_average(params, *task.seen)
 
-    threads_before, rows = torch.get_num_threads(), []
-    torch.set_num_threads(threads)
-    try:
-        training = set_up(found, **settings)
-        del found
-        options = {"options": training.options, "seed": training.figures["seed"]}
-        for epochs, row in fit(training.task, **options, clip=training.clip):  # noqa: B007
-            rows.append(row)
-    finally:
-        torch.set_num_threads(threads_before)
-    tables = [epoch.params[0] for epoch in epochs]
-    return make_model(training, tables, conclude(training, rows))
 
+def predict_each(members: list, *pairs: torch.Tensor, head: model.Head) -> torch.Tensor:
+    """The predictions of each member, along the first dimension."""
+    return torch.stack([model.predict(params, *pairs, head=head) for params in members])
 
-class Model(NamedTuple):
-    """A trained model and all that its answers need. Raw ids are integers or text, sorted."""
 
-    params: list  # of each member of the ensemble, model.Params with a row a user, or a feature
-    features: tuple | None  # of `model.Features` the matrix alone, in a tuple
-    seen: tuple  # bool masks of the users and the items that training tells something of
-    head: tuple  # what `choose_head` returns
-    clip: tuple  # the lowest and the highest rating that is predicted
-    user_ids: list  # by row
-    item_ids: list
-    titles: list | None
-    # the training part by user: where each one's begin (n_users + 1,) int64, items (N,) int32; and
-    # for the feature time ratings (N,) float32, timestamps (N,) int64
-    rated: tuple
-    test: tuple  # Task.test
-    figures: dict  # what `train --metrics` writes
-    tables: list  # of each member, model.Params with a row a user and an item; not in the file
-
-
-def make_model(training, tables, figures):
-    """The `Model` of the ensemble's tables, as `fit` has trained them."""
-    import model
-
-    task, head = training.task, choose_head(training.task.train[2], training.options)
-    n_outputs = make_head(*head).n_outputs
-    members = [model.split_table(table, task.sizes[0], n_outputs=n_outputs) for table in tables]
-    return add_tables(
-        {
-            "params": [model.Params(*map(clone, params)) for params in members],
-            "features": task.features and (tuple(task.features.matrix),),
-            "seen": task.seen,
-            "head": head,
-            "clip": training.clip,
-            "user_ids": task.ids.users.to_list(),
-            "item_ids": task.ids.items.to_list(),
-            "titles": training.titles,
-            "rated": group_by_user(*task.train[:3], task.times, n_users=len(task.ids.users)),
-            "test": tuple(task.test),
-            "figures": figures,
-        }
-    )
-
-
-def clone(tensor):
-    """A copy that is not a view: saved, a view brings the whole table that it is of."""
-    return tensor.clone()
-
-
-def add_tables(content):
-    """A `Model` of all its fields but `tables`."""
-    import model
-
-    ids, head = (content["user_ids"], content["item_ids"]), make_head(*content["head"])
-    rows = {"ids": ids, "seen": content["seen"], "head": head}
-    tables = [to_rows(model.join(each), content["features"], **rows) for each in content["params"]]
-    return Model(**content, tables=tables)
-
-
-def group_by_user(users, items, ratings, times, *, n_users):
-    """`Model.rated` of the training part's columns."""
-    import torch
-
-    starts = torch.zeros(n_users + 1, dtype=torch.int64)
-    starts[1:] = torch.bincount(users, minlength=n_users).cumsum(0)
-    columns = [items.int()] if times is None else [items.int(), ratings, times]
-    if not (users[1:] >= users[:-1]).all():  # as only a test file of one's own leaves them
-        order = torch.argsort(users, stable=True)
-        columns = [column[order] for column in columns]
-    return starts, *columns
-
-
-FORMAT = "collab 3"  # of a saved model
-CHECKPOINT = "collab checkpoint 2"
-ROW = ("epoch", "train_loss", "mse", "rmse", "mae", "seconds", "evaluate_seconds")
-
-
-def save_model(path, saved):
-    """Write a `Model` to a file. OSError names the file."""
-    content = saved._asdict() | {"params": [params._asdict() for params in saved.params]}
-    del content["tables"]
-    save(Path(path), {"format": FORMAT, **content})
-
-
-def save(path, content):
-    import torch
-
-    import data
-
-    file = io.BytesIO()
-    torch.save(content, file)
-    data.write_file(path, file.getbuffer())
-
-
-def load_model(path):
-    """Read what `save_model` wrote. ValueError, naming the file, for anything else."""
-    with _refusing(path, "model"):
-        content = load(path, FORMAT)
-        check_model(content)
-        return add_tables(content)
-
-
-@contextmanager
-def _refusing(path, what):
-    """One line that names `path`, for whatever a file from elsewhere makes torch raise."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"{path}: {error.strerror or error}") from None
-    except pickle.UnpicklingError:  # whose text advises to run what is in the file
-        line = "there is more in it than tensors and plain values"
-        raise ValueError(f"{path}: not a {what} of this program: {line}") from None
-    except Exception as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: not a {what} of this program: {line}") from None
-
-
-def load(path, form):
-    """The content of a file that `save` wrote. Code in it is refused, not run."""
-    import torch
-
-    with open(path, "rb") as file:  # OSError for a folder, or where there is none
-        if not zipfile.is_zipfile(file):  # torch's older formats are plain pickles
-            raise ValueError("no zip file")
-        file.seek(0)
-        content = torch.load(file, weights_only=True)
-    if content["format"] != form:
-        raise ValueError(f"format {content['format']!r}, not {form!r}")
-    del content["format"]
-    return content
-
-
-def check_types(content):
-    """Raise ValueError for a part of a model that is not of the type that `save_model` writes."""
-    import torch
-
-    def are(tensors, dtype, n_dims=1):
-        form = dtype, n_dims, torch.strided, "cpu"
-        return all(
-            (tensor.dtype, tensor.dim(), tensor.layout, tensor.device.type) == form
-            and (not dtype.is_floating_point or bool(tensor.isfinite().all()))
-            for tensor in tensors
-        )
-
-    def are_ids(raw_ids):
-        kinds = set(map(type, raw_ids))
-        is_sorted = all(first < second for first, second in pairwise(raw_ids))
-        is_small = kinds == {str} or -(2**63) <= raw_ids[0] <= raw_ids[-1] < 2**63
-        return type(raw_ids) is list and kinds in ({int}, {str}) and is_sorted and is_small
-
-    figures, rated, test = content["figures"], content["rated"], content["test"]
-    titles, texts = content["titles"], (content["titles"], content["user_ids"], content["item_ids"])
-    json.dumps((texts, figures), ensure_ascii=False, allow_nan=False).encode()  # no surrogates
-    kinds = figures["options"]["features"]
-    is_timed = "time" in kinds
-    low, high = map(float, content["clip"])
-    right = [
-        are_ids(content["user_ids"]) and are_ids(content["item_ids"]),
-        titles is None or (type(titles) is list and set(map(type, titles)) == {str}),
-        -math.inf < low < high < math.inf,
-        set(kinds) <= set(FEATURES) and (content["features"] is None) == (tuple(kinds) == ("id",)),
-        math.isfinite(figures["epochs"][-1]["train_loss"]) and type(figures["split"]) is str,
-        are(content["seen"], torch.bool) and all(mask.any() for mask in content["seen"]),
-        are(rated[:1], torch.int64) and are(rated[1:2], torch.int32),
-        are(rated[2:3], torch.float32) and are(rated[3:], torch.int64),
-        len(rated) == 2 + 2 * is_timed and len(test) == 3 + is_timed,
-        are(test[:2], torch.int64) and are(test[2:3], torch.float32),
-        are(test[3:], torch.float32, 2) and len(test[0]) > 0,
-        content["head"][0] != "bounded" or all(map(math.isfinite, content["head"][1])),
-    ]
-    for params in content["params"]:
-        right += [are(params[:2], torch.float32, 2) and params[0].shape[1] > 0]
-        right += [are(params[2:], torch.float32, params[2].dim())]
-    for starts, columns, values in content["features"] or ():
-        right += [are((starts, columns), torch.int64) and are((values,), torch.float32)]
-    if not all(right):
-        raise ValueError("a part is not of its type")
-
-
-def check_model(content):
-    """Raise ValueError for a file whose parts do not fit: a row out of a table would be read."""
-    import model
-
-    content["params"] = [model.Params(**params) for params in content["params"]]
-    check_types(content)
-    n_users, n_items = sizes = len(content["user_ids"]), len(content["item_ids"])
-    starts, items, *history = content["rated"]
-    users, test_items, *rest = content["test"]
-    head = make_head(*content["head"])
-    fits = [
-        *(len(mask) == n for mask, n in zip(content["seen"], sizes, strict=True)),
-        content["titles"] is None or len(content["titles"]) == n_items,
-        len(starts) == n_users + 1 and is_rising(starts, len(items)),
-        is_within(items, n_items) and is_within(users, n_users) and is_within(test_items, n_items),
-        all(len(column) == len(items) for column in history),
-        all(len(column) == len(users) for column in (test_items, *rest)),
-        len(content["params"]) > 0,
-    ]
-    for params in content["params"]:
-        rows = sizes
-        if content["features"] is not None:
-            rows = len(params.user_factors), len(params.item_factors)
-            ((starts, columns, values),) = content["features"]
-            fits += [0 < len(starts) - sum(sizes) <= 5, is_within(columns, sum(rows))]
-            fits += [is_rising(starts, len(columns)), len(columns) == len(values)]
-        factors = params.user_factors.shape[1:]
-        outputs = () if head.n_outputs == 1 else (head.n_outputs,)
-        shapes = [(n, *last) for last in (factors, outputs) for n in rows]
-        fits += [tuple(t.shape) == shape for t, shape in zip(params, shapes, strict=True)]
-    if not all(fits):
-        raise ValueError("its parts do not fit each other")
-
-
-def is_rising(starts, end):
-    return starts[0] == 0 and starts[-1] == end and bool((starts.diff() >= 0).all())
-
-
-def is_within(rows, n):
-    return not len(rows) or (rows.min() >= 0 and rows.max() < n)
-
-
-def find_row(raw_ids, raw):
-    """The row of a raw id, given as it is or as text; None for one that is not there."""
-    if isinstance(raw_ids[0], int):
-        if not re.fullmatch(r"-?[1-9]\d{0,18}|0", str(raw)):
-            return None
-        raw = int(raw)
-    else:
-        raw = str(raw)
-    row = bisect_left(raw_ids, raw)
-    return row if row < len(raw_ids) and raw_ids[row] == raw else None
-
-
-def find_user(saved, raw):
-    """The row of a user. ValueError for one that the model does not know."""
-    if (row := find_row(saved.user_ids, raw)) is None:
-        raise ValueError(f"no user {str(raw)!r} in the model{_hint(saved.user_ids, raw)}")
-    return row
-
-
-def find_item(saved, raw):
-    """The row of an item, by its id or a part of its title that no other has, or a whole title.
-
-    ValueError for what is neither; for a part of several titles it lists them.
-    """
-    if (row := find_row(saved.item_ids, raw)) is not None:
-        return row
-    part = str(raw).casefold().strip()
-    titles = [title.casefold() for title in saved.titles or ()]
-    rows = [row for row, title in enumerate(titles) if part in title]
-    if not rows or not part:
-        where = "" if saved.titles is None else " and in no title"
-        raise ValueError(f"no item {str(raw)!r} in the model{where}{_hint(saved.item_ids, raw)}")
-    whole = [row for row in rows if titles[row] == part]
-    if len(whole or rows) == 1:
-        return (whole or rows)[0]
-    counts = count_ratings(saved).tolist()
-    rows.sort(key=lambda row: -counts[row])
-    listed = ", ".join(f"{saved.item_ids[row]} {saved.titles[row]!r}" for row in rows[:10])
-    more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
-    raise ValueError(f"{str(raw)!r} is in {len(rows)} titles: {listed}{more}")
-
-
-def _hint(raw_ids, raw):
-    """What the user may have meant, for an id that differs only in case or spaces."""
-
-    def fold(raw_id):
-        return "".join(str(raw_id).split()).casefold()
-
-    near = next((raw_id for raw_id in raw_ids if fold(raw_id) == fold(raw)), None)
-    return "" if near is None else f"; there is {str(near)!r}"
-
-
-def count_ratings(saved):
-    """How many training ratings each item has, (n_items,)."""
-    import torch
-
-    return torch.bincount(saved.rated[1], minlength=len(saved.item_ids))
-
-
-def find_title(saved, row):
-    return str(saved.item_ids[row]) if saved.titles is None else saved.titles[row]
-
-
-def find_rows(saved, pairs, *, source, allow_unknown=False):
-    """Rows of the raw ids in a frame of user, item and maybe line, int64 (N,) each.
-
-    ValueError, with `source` and the line, for an unknown id; with `allow_unknown`, these get the
-    row after the last, that of the average user or item in `add_average`.
-    """
-    import polars
-
-    found = []
-    for name, raw_ids in (("user", saved.user_ids), ("item", saved.item_ids)):
-        index, column = polars.Series(name, raw_ids), pairs[name]
-        if index.dtype != column.dtype:
-            index, column = (ids.cast(polars.String) for ids in (index, column))
-        rows = column.to_frame().join(
-            index.to_frame().with_row_index("row"), name, "left", maintain_order="left"
-        )["row"]
-        if rows.null_count() and not allow_unknown:
-            place = rows.is_null().arg_max()
-            line = f", line {pairs['line'][place]}" if "line" in pairs.columns else ""
-            raise ValueError(f"{source}{line}: no {name} {str(column[place])!r} in the model")
-        found.append(rows.fill_null(len(raw_ids)).cast(polars.Int64).to_torch())
-    return tuple(found)
-
-
-def add_average(saved):
-    """The `Model` with the average user and item behind the others' rows, for unknown ids."""
-    import model
-
-    tables = [model.append_average(each, *saved.seen) for each in saved.tables]
-    return saved._replace(tables=tables)
-
-
-def find_times(frame):
-    """The timestamps of a frame of ratings or pairs, None if it has none."""
-    return frame["timestamp"].to_torch() if "timestamp" in frame.columns else None
-
-
-def find_context(saved, users, items, times):
-    """`data.time_context` of pairs of rows at `times` (N,) int64, from the model's training part.
-
-    A tuple of it, or an empty one for a model without the feature time or for no times. A rating of
-    the training part is left out of its own context, as it was in training.
-    """
-    import torch
-
-    import data
-
-    if len(saved.rated) == 2 or times is None:
-        return ()
-    history = frame_ratings(saved)
-    pairs = history.clear().vstack(_to_frame(users, items, torch.zeros(len(users)), times))
-    own, context = data.time_context(history, pairs)
-    columns = ["user", "item", "timestamp"]
-    rows = pairs.join(history.with_row_index("row"), columns, "left", maintain_order="left")["row"]
-    known = torch.from_numpy(rows.is_not_null().to_numpy(writable=True))
-    context[known] = own[rows.drop_nulls().cast(int).to_torch()]
-    return (context,)
-
-
-def find_new_context(saved, items, ratings, times):
-    """`data.time_context` of a new user's own ratings (N,), or None as `find_context`'s tuple."""
-    import torch
-
-    import data
-
-    if len(saved.rated) == 2 or times is None or not len(items):
-        return None
-    user = torch.full_like(items, len(saved.user_ids))
-    frame = frame_ratings(saved).vstack(_to_frame(user, items, ratings, times))
-    return data.time_context(frame, frame.clear())[0][-len(items) :]
-
-
-def frame_ratings(saved):
-    """The training part of a model with the feature time, by rows of users and items."""
-    starts, items, ratings, times = saved.rated
-    return _to_frame(_expand(starts), items.long(), ratings, times)
-
-
-def _to_frame(*columns):
-    import polars
-
-    names = ("user", "item", "rating", "timestamp")
-    return polars.DataFrame({n: c.numpy() for n, c in zip(names, columns, strict=True)})
-
-
-def _expand(starts):
-    """The user of each place in `Model.rated`."""
-    import torch
-
-    return torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
-
-
-def predict(saved, users, items, *, allow_unknown=False):
-    """Predicted ratings of pairs of raw ids, two lists: float32 (N,), and their deviation (N,).
-
-    The deviation is that of the ensemble's members, 0 for a single one. ValueError for an unknown
-    id; with `allow_unknown` it is predicted as the average one.
-    """
-    import polars
-
-    users, items = list(users), list(items)
-    if len(users) != len(items):
-        raise ValueError(f"{len(users)} users and {len(items)} items are no pairs")
-    pairs = polars.DataFrame({"user": users, "item": items})
-    ((_, *predicted),) = predict_frames(saved, [pairs], "predict", allow_unknown=allow_unknown)
-    return tuple(predicted)
-
-
-def predict_frames(saved, frames, source, *, allow_unknown):
-    """Each frame of user, item and maybe timestamp, which the feature time reads, and `predict`."""
-    saved, head = add_average(saved) if allow_unknown else saved, make_head(*saved.head)
-    for pairs in frames:
-        rows = find_rows(saved, pairs, source=source, allow_unknown=allow_unknown)
-        context = find_context(saved, *rows, find_times(pairs))
-        mean, deviation = predict_rows(saved.tables, *rows, *context, head=head)
-        yield pairs, mean.clamp(*saved.clip), deviation
-
-
-def predict_pairs(saved, frames, *, source, allow_unknown=False):
-    """For each frame of `data.read_pairs` one of user, item, rating[, deviation], raw ids."""
-    import polars
-
-    for pairs, mean, deviation in predict_frames(
-        saved, frames, source, allow_unknown=allow_unknown
-    ):
-        columns = {"rating": mean.numpy(), "deviation": deviation.numpy()}
-        if len(saved.tables) == 1:
-            del columns["deviation"]
-        yield pairs.select("user", "item").with_columns(
-            polars.Series(name, values) for name, values in columns.items()
-        )
-
-
-def evaluate(saved, ratings=None, *, source="ratings", k=None, min_rating=None, **allowed):
-    """Errors on a frame of ratings, on the test part of the training unless given: a dict.
-
-    It has n_test, mse, rmse, mae and, with `k`, the ranking figures of `train.Ranking` at `k`: of
-    all items but those the user rated in training, the first k are looked for in the user's ratings
-    of at least `min_rating` here. `allowed` may have allow_unknown and allow_overlap: without the
-    second, a pair of the training part is a ValueError.
-    """
-    import train
-
-    if ratings is None:
-        rows, targets, context = saved.test[:2], saved.test[2], saved.test[3:]
-    else:
-        allow_unknown = allowed.get("allow_unknown", False)
-        rows = find_rows(saved, ratings, source=source, allow_unknown=allow_unknown)
-        if not allowed.get("allow_overlap", False):
-            check_overlap(saved, *rows, source=source)
-        targets = ratings["rating"].to_torch()
-        context = find_context(saved, *rows, find_times(ratings))
-    tables = add_average(saved).tables if allowed.get("allow_unknown", False) else saved.tables
-    head = make_head(*saved.head)
-    errors = train.evaluate(
-        lambda *rows: predict_rows(tables, *rows, head=head)[0],
-        *rows,
-        targets,
-        *context,
-        clip=saved.clip,
-    )
-    figures = {"n_test": len(targets), **errors._asdict()}
-    if k is not None:
-        figures |= {"k": k, **rank(saved, *rows, targets, k=k, min_rating=min_rating)}
-    return figures
-
-
-def rank(saved, users, items, ratings, *, k, min_rating=None):
-    """The ranking figures of `evaluate` for pairs of rows; the unknown ones are left out."""
-    import train
-
-    n_users, n_items = len(saved.user_ids), len(saved.item_ids)
-    counts = (users < n_users) & (items < n_items)
-    if min_rating is not None:
-        counts &= ratings >= min_rating
-    if not counts.any():
-        least = "" if min_rating is None else f" of at least {min_rating:g}"
-        raise ValueError(f"no rating{least} by a known user of a known item to look for")
-    return train.rank(
-        lambda rows: score(saved.tables, rows, saved.head),
-        users[counts],
-        items[counts],
-        seen=saved.rated[:2],
-        n_items=n_items,
-        k=k,
-        block=SCORES_AT_ONCE // make_head(*saved.head).n_outputs,
-    )._asdict()
-
-
-def check_overlap(saved, users, items, *, source):
-    """ValueError for pairs of rows that the model was trained on."""
-    import torch
-
-    n_items = len(saved.item_ids)
-    known = (users < len(saved.user_ids)) & (items < n_items)
-    keys = users * n_items + items
-    trained = _expand(saved.rated[0]) * n_items + saved.rated[1]
-    shared = (torch.isin(keys, trained) & known).nonzero()[:, 0]
-    if len(shared):
-        pair = saved.user_ids[users[shared[0]]], saved.item_ids[items[shared[0]]]
-        raise ValueError(
-            f"{source}: {len(shared)} of the (user, item) pairs are in the model's training part, "
-            f"the first is {pair}"
-        )
-
-
-def score(tables, users, head):
-    """Predictions of every item for the users of some rows: (B, n_items), not clipped."""
-    import model
-
-    return model.predict_all(tables, users, head=make_head(*head))
-
-
-class Recommendation(NamedTuple):
-    """An item by its raw id, with its title (its id if it has none) and the predicted rating."""
-
-    item: int | str
-    title: str
-    rating: float
-
-
-def recommend(saved, user=None, *, rated=None, n=10, include_seen=False):
-    """The `n` items of the highest predicted rating for a user, a list of `Recommendation`.
-
-    The user is one of the model's, by raw id, or one who gave the ratings `rated`: a list of (item,
-    rating), or (item, rating, timestamp) where the model has the feature time. Items that the user
-    has rated are left out unless `include_seen`. ValueError for a user, an item or a rating that
-    the model does not know.
-    """
-    import torch
-
-    if (user is None) == (rated is None) or n < 1:
-        raise ValueError(f"give a user or what one has rated, not both, and n above 0, not {n}")
-    if rated is not None:
-        rows, *columns = to_rated(saved, rated)
-        scores = score(fold_in(saved, rows, *columns), torch.tensor([0]), saved.head)[0]
-    else:
-        row = find_user(saved, user)
-        rows = saved.rated[1][slice(*saved.rated[0][row : row + 2])].long()
-        scores = score(saved.tables, torch.tensor([row]), saved.head)[0]
-    if not include_seen:
-        scores[rows] = -math.inf
-    return list_top(saved, scores, n, Recommendation, clip=saved.clip)
-
-
-def list_top(saved, scores, n, form, *, clip=(-math.inf, math.inf)):
-    """The `n` items of the highest of `scores` (n_items,), as `form`; -inf is none of them."""
-    values, rows = scores.topk(min(n, len(scores)))
-    is_kept = values > -math.inf
-    values, rows = values[is_kept].clamp(*clip).tolist(), rows[is_kept].tolist()
-    pairs = zip(rows, values, strict=True)
-    return [form(saved.item_ids[row], find_title(saved, row), value) for row, value in pairs]
-
-
-def to_rated(saved, rated):
-    """Rows (N,) of the items rated, ratings (N,) and, if all have one, timestamps (N,).
-
-    Of several ratings of one item the latest counts, of one time or without times the last.
-    """
-    import torch
-
-    rated = [tuple(each) for each in rated]
-    if len({len(each) for each in rated} | {2, 3}) > 2 or len({len(each) for each in rated}) > 1:
-        raise ValueError("what was rated is (item, rating) or (item, rating, timestamp) for all")
-    latest = {}
-    for item, *told in sorted(rated, key=lambda each: each[2:]):
-        latest[find_item(saved, item)] = told
-    columns = list(zip(*latest.values(), strict=True)) or [()]
-    rows, ratings = torch.tensor(list(latest)).long(), torch.tensor(columns[0]).float()
-    return rows, ratings, *(torch.tensor(times) for times in columns[1:])
-
-
-def recommend_all(saved, *, n=10, include_seen=False, block=None):
-    """`recommend` for every user, a block at a time: frames of user, rank, item, title, rating."""
-    import polars
-    import torch
-
-    starts, rated_items = saved.rated[:2]
-    item_ids = polars.Series(saved.item_ids)
-    titles = saved.titles and polars.Series(saved.titles)
-    n_items = len(item_ids)
-    block = block or max(SCORES_AT_ONCE // n_items // make_head(*saved.head).n_outputs, 1)
-    n = min(n, n_items)
-    for first in range(0, len(saved.user_ids), block):
-        users = torch.arange(first, min(first + block, len(saved.user_ids)))
-        scores = score(saved.tables, users, saved.head)
-        if not include_seen:
-            bounds = starts[first : first + len(users) + 1]
-            scores[_expand(bounds), rated_items[bounds[0] : bounds[-1]].long()] = -math.inf
-        values, rows = scores.topk(n)
-        rows = rows.reshape(-1).numpy()
-        frame = polars.DataFrame(
-            {
-                "user": polars.Series(saved.user_ids[first : first + len(users)]).gather(
-                    torch.arange(len(users)).repeat_interleave(n).numpy()
-                ),
-                "rank": torch.arange(1, n + 1).repeat(len(users)).numpy(),
-                "item": item_ids.gather(rows),
-                **({} if titles is None else {"title": titles.gather(rows)}),
-                "rating": values.clamp(*saved.clip).reshape(-1).numpy(),
-            }
-        )
-        yield frame.filter(polars.Series((values > -math.inf).reshape(-1).numpy()))
-
-
-def fold_in(saved, items, ratings, times=None, *, width=PRIOR_WIDTH):
-    """Tables as `Model.tables` with one user: who gave `ratings` (N,) to the items of rows (N,).
-
-    By `model.fold_in`; `width` is that of `model.find_prior`. Where the model has implicit
-    features, the items rated tell of the user through these too, and the prior is about the rest.
-    ValueError for a rating out of range.
-    """
-    import torch
-
-    import model
-
-    low, high = saved.clip
-    for row, rating in zip(items.tolist(), ratings.tolist(), strict=True):
-        if not low <= rating <= high:
-            text = "rating {:g} of item {!r} is not within {:g} to {:g}"
-            raise ValueError(text.format(rating, saved.item_ids[row], low, high))
-    head, kinds = make_head(*saved.head), saved.figures["options"]["features"]
-    # The squared error has no scale of its own; the likelihood of loss ordinal has.
-    noise = 1.0
-    if saved.head[0] == "bounded":
-        noise = 2 * saved.figures["epochs"][-1]["train_loss"] / saved.head[1][3] ** 2
-    n_users, n_items = len(saved.user_ids), len(saved.item_ids)
-    is_trained = saved.rated[0].diff() > 0
-    context = find_new_context(saved, items, ratings, times)
-    folded = []
-    for params, tables in zip(saved.params, saved.tables, strict=True):
-        factors, bias = tables.user_factors[:n_users], tables.user_bias[:n_users]
-        told = factors.new_zeros(factors.shape[1] + head.n_outputs).double()
-        if "implicit" in kinds:
-            first = n_users if "id" in kinds else 0
-            ((starts, columns, values),) = saved.features
-            is_implicit = (columns >= first) & (columns < first + n_items)
-            part = model.embed(model.join(params), (starts, columns, values * is_implicit))
-            part = model.split_table(part[:n_users], n_users, n_outputs=head.n_outputs)
-            factors, bias = factors - part.user_factors, bias - part.user_bias
-            told = torch.cat(
-                [table[first + items].reshape(len(items), -1) for table in params[::2]], 1
-            )
-            told = told.double().sum(0) / max(len(items), 1) ** 0.5
-        prior = model.find_prior(factors[is_trained], bias[is_trained], width=width)
-        item_bias = tables.item_bias[items]
-        if context is not None:  # of each rating's moment; it adds to the user's row
-            n_context = context.shape[1]
-            of_factors, of_bias = (table[-n_context:] for table in params[::2])
-            dot = ((context @ of_factors) * tables.item_factors[items]).sum(1)
-            item_bias = item_bias + context @ of_bias
-            item_bias = item_bias + (dot.unsqueeze(1) if head.n_outputs > 1 else dot)
-        row, row_bias = model.fold_in(
-            tables.item_factors[items],
-            item_bias,
-            ratings,
-            prior=prior._replace(mean=prior.mean + told),
-            head=head,
-            noise=noise,
-        )
-        # The rows of the moment's features stay behind the users', for `model.predict`.
-        user_factors = torch.cat([row.unsqueeze(0), tables.user_factors[n_users:]])
-        user_bias = torch.cat([row_bias.unsqueeze(0), tables.user_bias[n_users:]])
-        folded.append(tables._replace(user_factors=user_factors, user_bias=user_bias))
-    return folded
-
-
-class Similar(NamedTuple):
-    """An item by its raw id, its title, and the cosine of its factors with those asked for."""
-
-    item: int | str
-    title: str
-    similarity: float
-
-
-def find_similar(saved, item, *, n=10):
-    """The `n` items most like one, by the cosine of their factors: a list of `Similar`.
-
-    The item is given as to `find_item`. Items without training ratings are left out.
-    """
-    import model
-
-    row = find_item(saved, item)
-    if not saved.seen[1][row]:
-        raise ValueError(f"nothing is known of item {saved.item_ids[row]!r}: no training ratings")
-    cosines = model.find_similar([tables.item_factors for tables in saved.tables], row)
-    cosines[row] = -math.inf
-    cosines[count_ratings(saved) == 0] = -math.inf
-    return list_top(saved, cosines, n, Similar)
-
-
-class Liking(NamedTuple):
-    """An item by its raw id, its title, what its bias alone predicts, its training ratings."""
-
-    item: int | str
-    title: str
-    rating: float
-    n_ratings: int
-
-
-def interpret(saved, *, n=10):
-    """The `n` items liked most and the `n` liked least whoever rates: two lists of `Liking`.
-
-    By the item's bias, said as the rating that it predicts with the average user's bias and without
-    factors. Items without training ratings are left out.
-    """
-    import torch
-
-    head, total = make_head(*saved.head), 0.0
-    n_users = len(saved.user_ids)
-    for tables in saved.tables:
-        total = total + head.predict(tables.user_bias[:n_users].mean(0) + tables.item_bias)
-    ratings, counts = total / len(saved.tables), count_ratings(saved)
-    rows = torch.argsort(ratings, descending=True, stable=True)
-    rows = rows[counts[rows] > 0].tolist()
-    return tuple(
-        [
-            Liking(saved.item_ids[r], find_title(saved, r), ratings[r].item(), counts[r].item())
-            for r in part
-        ]
-        for part in (rows[:n], rows[::-1][:n])
-    )
-
-
-def describe_model(saved):
-    """What a model is and was trained on: a dict of the figures, its size and its scale."""
-    figures = {name: value for name, value in saved.figures.items() if name != "epochs"}
-    return {
-        "format": FORMAT,
-        "rating_range": list(saved.clip),
-        "n_members": len(saved.params),
-        "n_parameters": sum(table.numel() for params in saved.params for table in params),
-        "has_titles": saved.titles is not None,
-        **figures,
-    }
-
-
-def find_lr(training, *, n_steps=200, lr_min=1e-4, lr_max=10.0):
-    """fastai's range test for a training: a dict of lrs, losses (smoothed), valley and steepest.
+def find_lr(task: Task, *, n_steps: int = 200, lr_min: float = 1e-4, lr_max: float = 10.0) -> dict:
+    """fastai's range test for a task: a dict of lrs, losses (smoothed), valley and steepest.
 
     One member of the ensemble takes up to `n_steps` steps at an lr that grows from `lr_min` to
     `lr_max`, until the loss has blown up; see `train.find_lr` and `schedule.suggest_lr`.
     """
-    import schedule
-    import train
-
-    seed = training.figures["seed"]
-    job = make_job(training.task, options=training.options, seed=seed)
     pace = schedule.exponential(n_steps, lr_min=lr_min, lr_max=lr_max)
-    params, parts = set_up_member(job, pace)
-    batch_size = min(job.options["batch_size"], len(job.columns[0]))
-    losses = train.find_lr(
-        params, *job.columns, n_steps=n_steps, batch_size=batch_size, **parts
-    ).tolist()
+    params, parts = set_up_member(task, pace, find_centers(task))
+    parts |= {"n_steps": n_steps, "batch_size": min(task.options["batch_size"], len(task.train[0]))}
+    losses = train.find_lr(params, *task.train, **parts).tolist()
     lrs = [pace(step).lr for step in range(len(losses))]
     suggested = schedule.suggest_lr(lrs, losses, n_steps=n_steps)
     return {"lrs": lrs, "losses": losses, **suggested._asdict()}
 
 
-def save_checkpoint(path, fingerprint, epochs, rows, arguments):
-    """Write what `resume` goes on from: each member's state after the last of `rows`."""
-    content = {
-        "format": CHECKPOINT,
-        "arguments": arguments,
-        "fingerprint": fingerprint,
-        "rows": rows,
-        "states": [epoch.state for epoch in epochs],
-    }
-    save(path, content)
+# Model file and checkpoint
 
 
-def load_checkpoint(path):
-    """What `save_checkpoint` wrote, a dict. ValueError, naming the file, for anything else."""
-    import torch
+class Model(NamedTuple):
+    """A trained model: what is in its file, and what answers need of it at hand."""
 
-    with _refusing(path, "checkpoint"):
-        content = load(path, CHECKPOINT)
-        if set(content) != {"arguments", "fingerprint", "rows", "states"}:
-            raise ValueError("its parts are not those of a checkpoint")
-        numbers = [row[name] for row in content["rows"] for name in ROW]
-        tensors = [tensor for state in content["states"] for tensor in state]
-        fits = [
-            len(content["rows"]) > 0 and all(map(math.isfinite, numbers)),
-            len(content["states"]) > 0 and all(len(state) > 1 for state in content["states"]),
-            all(isinstance(tensor, torch.Tensor) for tensor in tensors),
-        ]
-        if not all(fits):
-            raise ValueError("its parts do not fit each other")
-        for *_, generator in content["states"]:
-            torch.Generator().set_state(generator)  # whose errors would come in the loop
-        return content
+    about: dict  # plain values: head, clip, user_ids, item_ids, titles, figures
+    tensors: dict  # by name, as in `TENSORS`
+    head: tuple[str, dict]  # as of `Task`, and so are the next
+    clip: tuple[float, float]
+    options: dict
+    figures: dict  # what `train --metrics` writes
+    ids: data.Ids
+    seen: tuple
+    features: tuple | None  # the matrix alone, in a tuple
+    titles: pl.Series  # by row of the items, the id where there is none
+    members: list  # of each table `to_rows`
 
 
-def find_fingerprint(training):
+# The tensors of files by name: which have it; dtype; sizes, of which one letter is the same in all;
+# and the size that integers are below. M members, R rows of K factors and Q biases (C), U users, I
+# items, N training and T test ratings, E entries of a matrix of P rows, S scales of time, B bytes.
+TENSORS = {
+    "tables": ("model checkpoint", "float32", "MRC", None),  # as `model.join` makes them
+    "seen_users": ("model", "bool", "U", None),
+    "seen_items": ("model", "bool", "I", None),
+    "train_users": ("model", "int32", "N", "U"),  # in order
+    "train_items": ("model", "int32", "N", "I"),
+    "test_users": ("model", "int64", "T", "U"),
+    "test_items": ("model", "int64", "T", "I"),
+    "test_ratings": ("model", "float32", "T", None),
+    "feature_rows": ("features", "int64", "E", "P"),  # in order
+    "feature_columns": ("features", "int64", "E", "R"),
+    "feature_values": ("features", "float32", "E", None),
+    "train_ratings": ("time", "float32", "N", None),
+    "train_times": ("time", "int64", "N", None),
+    "test_context": ("time", "float32", "TS", None),
+    "means": ("checkpoint", "float32", "MRC", None),  # Adam's
+    "squares": ("checkpoint", "float32", "MRC", None),
+    "generators": ("checkpoint", "uint8", "MB", None),
+}
+FORMATS = {"model": "collab 4", "checkpoint": "collab checkpoint 3"}
+
+
+def find_forms(*files: str) -> dict:
+    """The part of `TENSORS` that some files have: of each dtype, sizes and bound."""
+    return {name: row[1:] for name, row in TENSORS.items() if set(row[0].split()) & set(files)}
+
+
+def make_model(task: Task, tables: list[torch.Tensor], rows: list[dict]) -> Model:
+    """The `Model` of the members' tables and of the figures of their epochs."""
+    rows = [dict(row) for row in rows]
+    figures = task.figures | {"epochs": rows} | {n: rows[-1][n] for n in ("mse", "rmse", "mae")}
+    figures["evaluate_seconds"] = sum(row.pop("evaluate_seconds") for row in rows)
+    figures["fit_seconds"] = sum(row["seconds"] for row in rows)
+    user_ids, item_ids = (raw_ids.to_list() for raw_ids in task.ids)
+    about = {"head": task.head, "clip": task.clip, "titles": task.titles, "figures": figures}
+    about |= {"user_ids": user_ids, "item_ids": item_ids}
+    users, items, ratings, *_ = task.train
+    columns = [users.int(), items.int(), *([] if task.times is None else [ratings, task.times])]
+    if not (users[1:] >= users[:-1]).all():  # as only a test file of one's own leaves them
+        order = torch.argsort(users, stable=True)
+        columns = [column[order] for column in columns]
+    every = torch.stack(tables), *task.seen, *columns[:2], *task.test[:3]
+    tensors = dict(zip(find_forms("model"), every, strict=True))
+    if task.features is not None:
+        starts, *entries = task.features.matrix
+        lines = torch.arange(len(starts) - 1).repeat_interleave(starts.diff())
+        tensors |= zip(find_forms("features"), (lines, *entries), strict=True)
+    tensors |= zip(find_forms("time"), (*columns[2:], *task.test[3:]), strict=False)
+    return assemble(about, tensors)
+
+
+def assemble(about: dict, tensors: dict) -> Model:
+    """The `Model` of what is in a file."""
+    ids = data.Ids(pl.Series(about["user_ids"]), pl.Series(about["item_ids"]))
+    titles, figures, features = about["titles"], about["figures"], None
+    titles = ids.items.cast(pl.String) if titles is None else pl.Series(titles)
+    seen = tensors["seen_users"], tensors["seen_items"]
+    if "feature_rows" in tensors:
+        lines, *entries = (tensors[name] for name in find_forms("features"))
+        counts = torch.bincount(lines, minlength=count_lines(figures["options"], ids))
+        features = ((torch.cat([counts.new_zeros(1), counts.cumsum(0)]), *entries),)
+    rest = figures["options"], figures, ids, seen, features, titles, []
+    trained = Model(about, tensors, about["head"], tuple(about["clip"]), *rest)
+    return trained._replace(members=[to_rows(trained, table) for table in tensors["tables"]])
+
+
+def save_model(path: str | Path, trained: Model) -> None:
+    """Write a `Model` to a file. OSError names the file."""
+    save(path, "model", trained.about, trained.tensors)
+
+
+def load_model(path: str | Path) -> Model:
+    """Read what `save_model` wrote. ValueError, naming the file, for anything else."""
+    with refusing(path, "model"):
+        return assemble(*load(path, "model"))
+
+
+def check(kind: str, about: dict, tensors: dict) -> None:
+    """ValueError for parts of a file that are not of their types, or do not fit each other."""
+    if about["format"] != FORMATS[kind]:
+        raise ValueError(f"format {about['format']!r}, not {FORMATS[kind]!r}")
+    if kind == "checkpoint":
+        names = {"epoch", "train_loss", "mse", "rmse", "mae", "seconds", "evaluate_seconds"}
+        numbers = [each for row in about["rows"] for each in row.values()]
+        is_whole = all(set(row) == names for row in about["rows"]) and about["rows"]
+        if not is_whole or not {*map(type, numbers)} <= {int, float}:
+            raise ValueError("the figures of its epochs are not whole")
+        check_tensors(tensors, find_forms(kind), {})
+        for generator in tensors["generators"]:
+            torch.Generator().set_state(generator.clone())  # whose errors would come in the loop
+        return
+    ids, options = (about["user_ids"], about["item_ids"]), about["figures"]["options"]
+    for texts in (*ids, *([] if about["titles"] is None else [about["titles"]])):
+        if set(map(type, texts)) not in ({int}, {str}):
+            raise ValueError("its ids or titles are not numbers or texts")
+    if not all(first < second for raw_ids in ids for first, second in pairwise(raw_ids)):
+        raise ValueError("its ids are not in order")
+    kinds, (low, high) = tuple(options["features"]), about["clip"]
+    if (
+        not low < high
+        or not {*kinds} <= {*data.FEATURES}
+        or len(about["titles"] or ids[1]) != len(ids[1])
+    ):
+        raise ValueError("its range is empty, a feature is unknown, or there are other titles")
+    sizes = {"U": len(ids[0]), "I": len(ids[1]), "S": len(data.TIME_SCALES)}
+    sizes |= {"P": count_lines(options, ids), "Q": make_head(*about["head"]).n_outputs}
+    sizes |= {"R": sizes["P"]} if kinds == ("id",) else {}
+    files = "model", "time" * ("time" in kinds), "features" * (kinds != ("id",))
+    check_tensors(tensors, find_forms(*files), sizes)
+    check_numbers(about["figures"]["epochs"][-1]["train_loss"] + 0.0)
+    n_rows = len({"id", "implicit"} & {*kinds}) * (sizes["U"] + sizes["I"])
+    if tensors["tables"].shape[2] <= sizes["Q"] or tensors["tables"].shape[1] < n_rows:
+        raise ValueError("its tables are too small")
+
+
+def check_tensors(tensors: dict, forms: dict, sizes: dict) -> None:
+    """ValueError for a tensor that is not of its form; `sizes` are by letter, as in `TENSORS`."""
+    if set(tensors) != set(forms):
+        raise ValueError(f"its tensors are not {', '.join(forms)}")
+    sizes = dict(sizes)
+    for name, (dtype, letters, _) in forms.items():
+        tensor = tensors[name]
+        form = tensor.dtype, tensor.layout, tensor.device.type, tensor.requires_grad
+        is_own = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        if form != (getattr(torch, dtype), torch.strided, "cpu", False) or not is_own:
+            raise ValueError(f"{name} is no plain tensor of {dtype}")
+        for letter, size in zip(letters, tensor.shape, strict=True):
+            if sizes.setdefault(letter, size) != size or size == 0:
+                raise ValueError(f"{name} has {size}, not {sizes[letter]}, of {letter}")
+    for name, (dtype, _, bound) in forms.items():
+        tensor = tensors[name]
+        if bound is not None and not 0 <= tensor.min() <= tensor.max() < sizes[bound]:
+            raise ValueError(f"{name} has one that there is not")
+        if name in ("train_users", "feature_rows") and (tensor[1:] < tensor[:-1]).any():
+            raise ValueError(f"{name} is not in order")
+        if dtype == "float32" and not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+
+
+def check_numbers(value) -> None:
+    """ValueError for a number beyond those of float32 anywhere in a value of JSON."""
+    if isinstance(value, list | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            check_numbers(each)
+    elif isinstance(value, int | float) and not abs(value) < LARGEST:
+        raise ValueError(f"{value} is out of range")
+
+
+def save(path: str | Path, kind: str, about: dict, tensors: dict) -> None:
+    """Write plain values and tensors to a file, if it could be loaded."""
+    text = json.dumps({"format": FORMATS[kind], **about}, allow_nan=False)
+    tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    check_numbers(json.loads(text))
+    check(kind, json.loads(text), tensors)
+    file = io.BytesIO()
+    torch.save({"about": text, **tensors}, file)
+    data.write_file(path, file.getbuffer())
+
+
+def load(path: str | Path, kind: str) -> tuple[dict, dict]:
+    """The plain values and the tensors that `save` wrote. Code in the file is refused, not run."""
+    with open(path, "rb") as file:  # OSError for a folder, or where there is none
+        if not zipfile.is_zipfile(file):  # torch's older formats are plain pickles
+            raise ValueError("no zip file")
+        if any(member.compress_type for member in zipfile.ZipFile(file).infolist()):
+            raise ValueError("it is compressed")
+        n_bytes = 0
+        for device in ("meta", "cpu"):  # first without numbers, for a tensor may claim any size
+            if n_bytes > os.fstat(file.fileno()).st_size:
+                raise ValueError("its tensors are larger than the file")
+            file.seek(0)
+            tensors = torch.load(file, weights_only=True, map_location=device)
+            about = json.loads(tensors.pop("about"))
+            n_bytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+    check_numbers(about)
+    check(kind, about, tensors)
+    return about, tensors
+
+
+@contextmanager
+def refusing(path: str | Path, what: str):
+    """One line that names `path`, for whatever a file from elsewhere makes torch raise."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, pickle.UnpicklingError):  # whose text advises to run what is in it
+            why = "there is more in it than tensors and plain values"
+        raise ValueError(f"{path}: not a {what} of this program: {why}") from None
+
+
+def save_states(path, fingerprint: str, rows: list[dict], states: list, arguments) -> None:
+    """Write what training goes on from: each member's state after the last of `rows`."""
+    about = {"arguments": arguments or {}, "fingerprint": fingerprint, "rows": rows}
+    columns = map(torch.stack, zip(*states, strict=True))
+    save(path, "checkpoint", about, dict(zip(find_forms("checkpoint"), columns, strict=True)))
+
+
+def load_states(path: str | Path, task: Task, fingerprint: str) -> tuple[list, list]:
+    """The figures of the epochs done, and the state of each member after the last."""
+    with refusing(path, "checkpoint"):
+        about, tensors = load(path, "checkpoint")
+    if (about["fingerprint"], len(tensors["tables"])) != (fingerprint, task.options["ensemble"]):
+        raise ValueError(f"{path}: the data is not that which it was trained on")
+    columns = (map(torch.clone, tensors[name]) for name in find_forms("checkpoint"))
+    return about["rows"], list(zip(*columns, strict=True))
+
+
+def find_fingerprint(task: Task) -> str:
     """SHA-256 of all that a training depends on: options, seed, ids, ratings, features."""
-    task = training.task
-    digest = hashlib.sha256(repr((training.options, training.figures["seed"])).encode())
-    for raw_ids in task.ids:
-        digest.update(repr(raw_ids.to_list()).encode())
+    about = task.options, task.figures["seed"], *(raw_ids.to_list() for raw_ids in task.ids)
+    digest = hashlib.sha256(repr(about).encode())
     matrices = [tensor for matrix in task.features or () for tensor in matrix]
     for tensor in (*task.train, *task.test, *task.seen, *matrices):
         digest.update(tensor.numpy())
     return digest.hexdigest()
 
 
-def picture(path, figure):
-    """Write a matplotlib figure to a .png or .svg file."""
-    import data
-
-    content = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of glyphs that the font lacks
-        figure.savefig(content, format=path.suffix[1:].lower())
-    data.write_file(path, content.getvalue())
+# Answers
 
 
-def start_figure(n_columns=1, *, width=8.0, height=4.8):
+def find_rows(trained: Model, name: str, raw, *, locate=None, allow_unknown=False) -> torch.Tensor:
+    """Rows of raw ids of users or items, `name` being user or item: int64 (N,).
+
+    ValueError for an unknown id, after `locate` of its place, if given; with `allow_unknown`, it
+    gets the row behind the last, that of the average user or item.
+    """
+    raw_ids, raw = getattr(trained.ids, f"{name}s"), pl.Series(raw)
+    rows = data.find_rows(raw_ids, raw)
+    if rows.null_count() and not allow_unknown:
+        place = rows.is_null().arg_max()
+        where = f"{locate(place)}: " if locate else ""
+        raise ValueError(f"{where}no {name} {str(raw[place])!r} in the model")
+    return rows.fill_null(len(raw_ids)).cast(pl.Int64).to_torch()
+
+
+def find_item(trained: Model, raw) -> int:
+    """The row of an item, by its id or a part of its title that no other has.
+
+    ValueError for what is neither; for a part of several titles it lists them.
+    """
+    rows = data.find_rows(trained.ids.items, pl.Series([str(raw)])).drop_nulls().to_list()
+    part, titles = str(raw).casefold().strip(), trained.about["titles"] or []
+    if not rows and part:
+        rows = [row for row, title in enumerate(titles) if part in title.casefold()]
+    if len(rows) == 1:
+        return rows[0]
+    if not rows:
+        raise ValueError(f"no item {str(raw)!r} in the model{' and in no title' * bool(titles)}")
+    counts = count_ratings(trained).tolist()
+    rows.sort(key=lambda row: -counts[row])
+    listed = ", ".join(f"{trained.ids.items[row]} {titles[row]!r}" for row in rows[:10])
+    more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
+    raise ValueError(f"{str(raw)!r} is in {len(rows)} titles: {listed}{more}")
+
+
+def count_ratings(trained: Model) -> torch.Tensor:
+    """How many training ratings each item has, (n_items,)."""
+    return torch.bincount(trained.tensors["train_items"], minlength=len(trained.ids.items))
+
+
+def describe_items(trained: Model, rows: torch.Tensor, **columns: torch.Tensor):
+    """A frame of item and title of rows of items (N,), and of other columns (N,)."""
+    frame = to_frame(("row", *columns), rows, *columns.values())
+    items = trained.ids.items.gather(frame["row"]).alias("item")
+    titles = trained.titles.gather(frame["row"]).alias("title")
+    return frame.select(items, titles, pl.exclude("row"))
+
+
+def to_frame(names, *columns: torch.Tensor) -> pl.DataFrame:
+    """Tensors (N,) as a frame."""
+    pairs = zip(names, columns, strict=False)
+    return pl.DataFrame({name: column.numpy() for name, column in pairs})
+
+
+NAMES = ("user", "item", "rating", "timestamp")
+
+
+def find_history(trained: Model) -> pl.DataFrame:
+    """The training part by rows: user, item; with the feature time also rating, timestamp."""
+    users, items, *rest = (t for n, t in trained.tensors.items() if n.startswith("train"))
+    return to_frame(NAMES, users.long(), items.long(), *rest)
+
+
+def find_columns(trained: Model, pairs, **options) -> tuple:
+    """Rows of users and items of a frame of raw ids, and with the feature time their context.
+
+    `options` are those of `find_rows`. Without timestamps there is no context.
+    """
+    rows = tuple(find_rows(trained, name, pairs[name], **options) for name in ("user", "item"))
+    if "time" not in trained.options["features"] or "timestamp" not in pairs.columns:
+        return rows
+    asked = to_frame(NAMES, *rows, torch.zeros(len(pairs)), pairs["timestamp"].to_torch())
+    return *rows, data.pair_context(find_history(trained), asked)
+
+
+def predict(trained: Model, pairs: pl.DataFrame, **options) -> pl.DataFrame:
+    """A frame of user, item, rating, deviation for a frame of user, item[, timestamp], raw ids.
+
+    The deviation is that of the ensemble's members, 0 for a single one. ValueError for an unknown
+    id; with the option `allow_unknown=True` it is predicted as the average one.
+    """
+    columns = find_columns(trained, pairs, **options)
+    each = predict_each(trained.members, *columns, head=make_head(*trained.head))
+    mean = each.mean(0)
+    deviation = (each - mean).square().mean(0).sqrt()
+    found = to_frame(("rating", "deviation"), mean.clamp(*trained.clip), deviation)
+    return pairs.select("user", "item").hstack(found)
+
+
+def evaluate(trained: Model, ratings=None, *, allow_unknown=False, allow_overlap=False) -> dict:
+    """Errors on a frame of ratings, on the test part of the training unless given: a dict.
+
+    It has n_test, mse, rmse, mae. ValueError for an unknown id, which with `allow_unknown` is
+    predicted as the average one, and, unless `allow_overlap`, for a pair of the training part.
+    """
+    columns = [t for name, t in trained.tensors.items() if name.startswith("test")]
+    if ratings is not None:
+        users, items, *context = find_columns(trained, ratings, allow_unknown=allow_unknown)
+        columns = users, items, ratings["rating"].to_torch(), *context
+        pairs = to_frame(NAMES, users, items).with_row_index()
+        shared = pairs.join(find_history(trained), ["user", "item"], "semi")
+        if len(shared) and not allow_overlap:
+            pair = ratings.select("user", "item").row(shared["index"].min())
+            where = f"{len(shared)} of the (user, item) pairs are in the model's training part"
+            raise ValueError(f"{where}, the first is {pair}")
+    predict = partial(predict_each, trained.members, head=make_head(*trained.head))
+    errors = train.evaluate(lambda *pairs: predict(*pairs).mean(0), *columns, clip=trained.clip)
+    return {"n_test": len(columns[0]), **errors._asdict()}
+
+
+def rank(trained: Model, ratings=None, *, k: int = 10, min_rating: float | None = None) -> dict:
+    """How well the first `k` of each user's list, as of `recommend`, hit: as `train.rank`, a dict.
+
+    Relevant are the items that a user rated at least `min_rating` in `ratings`, a frame of raw ids,
+    the test part unless given, and not in training. Unknown users and items are left out.
+    ValueError for a `k` above the number of items, and where nothing is relevant.
+    """
+    n_users, n_items = map(len, trained.ids)
+    if not 1 <= k <= n_items:
+        raise ValueError(f"k must be from 1 to the {n_items} items, not {k}")
+    columns = [trained.tensors[f"test_{name}"] for name in ("users", "items", "ratings")]
+    if ratings is not None:
+        rows = find_columns(trained, ratings.drop("timestamp", strict=False), allow_unknown=True)
+        columns = *rows, ratings["rating"].to_torch()
+    least = -math.inf if min_rating is None else min_rating
+    is_known = (pl.col("user") < n_users) & (pl.col("item") < n_items)
+    pairs = to_frame(NAMES, *columns).filter(is_known, pl.col("rating") >= least)
+    pairs = pairs.select("user", "item").unique()
+    pairs = pairs.join(find_history(trained), ["user", "item"], "anti")
+    if not len(pairs):
+        raise ValueError("no such rating by a known user of a known item to look for")
+    users = pairs["user"].unique().sort().to_torch()
+    return train.rank(list_rows(trained, users, n=k), pairs, k=k)
+
+
+def recommend(
+    trained: Model, users=None, *, rated=None, n: int = 10, include_seen: bool = False
+) -> pl.DataFrame:
+    """The `n` items of the highest predicted rating: a frame of user, rank, item, title, rating.
+
+    `users` is a raw id, or several, a list or a Series. Without the column user, it is for one who
+    gave the ratings `rated`, a frame of item, rating[, timestamp]. Items that a user has rated in
+    training, or there, are left out unless `include_seen`. ValueError for a user, an item or a
+    rating that the model does not know.
+    """
+    if (users is None) == (rated is None) or n < 1:
+        raise ValueError(f"give a user or what one has rated, not both, and n above 0, not {n}")
+    if rated is None:
+        rows = find_rows(trained, "user", [users] if isinstance(users, int | str) else users)
+        top = list_rows(trained, rows, n=n, include_seen=include_seen)
+    else:
+        items, *columns = to_rated(trained, rated)
+        seen = [items[:0] if include_seen else items]
+        top = list_top(trained, fold_in(trained, items, *columns), torch.tensor([0]), seen, n)
+    items, ratings = top["item"].to_torch(), top["rating"].clip(*trained.clip).to_torch()
+    found = describe_items(trained, items, rating=ratings).with_columns(top["rank"])
+    user = [] if rated is not None else [trained.ids.users.gather(top["user"]).alias("user")]
+    return found.select(*user, "rank", "item", "title", "rating")
+
+
+def list_rows(trained: Model, users, *, n: int, include_seen: bool = False) -> pl.DataFrame:
+    """`list_top` of the model's users of rows (B,), a block at a time."""
+    train_users, items = trained.tensors["train_users"], trained.tensors["train_items"]
+    block = SCORES_AT_ONCE // len(trained.ids.items) // make_head(*trained.head).n_outputs
+    lists = []
+    for rows in users.split(max(block, 1)):
+        starts = torch.searchsorted(train_users, rows.int()).tolist()
+        stops = torch.searchsorted(train_users, rows.int(), right=not include_seen).tolist()
+        seen = [items[start:stop].long() for start, stop in zip(starts, stops, strict=True)]
+        lists.append(list_top(trained, trained.members, rows, seen, n))
+    return pl.concat(lists)
+
+
+def list_top(trained: Model, members: list, users, seen: list, n: int) -> pl.DataFrame:
+    """The `n` items of the highest rating for each user: a frame of user, rank, item, rating.
+
+    `users` (B,) are rows of the `members`' tables; `seen` has the rows of the items left out for
+    each. Users and items are by rows.
+    """
+    n_items, n = len(trained.ids.items), min(n, len(trained.ids.items))
+    scores = model.predict_all(members, users, n_items=n_items, head=make_head(*trained.head))
+    for own, items in zip(scores, seen, strict=True):
+        own[items] = -math.inf
+    ratings, items = scores.topk(n)
+    ranks = torch.arange(1, n + 1).repeat(len(users))
+    columns = users.repeat_interleave(n), ranks, items.reshape(-1), ratings.reshape(-1)
+    top = to_frame(("user", "rank", "item", "rating"), *columns)
+    return top.filter(pl.col("rating") > -math.inf)
+
+
+def to_rated(trained: Model, rated: pl.DataFrame) -> tuple:
+    """Rows (N,) of the items rated, ratings (N,) and, if there are, timestamps (N,).
+
+    Of several ratings of one item the latest counts, of one time or without times the last.
+    """
+    low, high = trained.clip
+    rows = [find_item(trained, item) for item in rated["item"]]
+    wrong = rated.filter(~pl.col("rating").is_between(low, high))
+    for item, rating in wrong.select("item", "rating").iter_rows():
+        raise ValueError(f"rating {rating:g} of item {item!r} is not within {low:g} to {high:g}")
+    rated = rated.with_columns(pl.Series("item", rows, pl.Int64), user=0)
+    rated = data.drop_repeats(rated)
+    columns = [rated[name].to_torch() for name in NAMES[1:] if name in rated.columns]
+    return columns[0], columns[1].float(), *columns[2:]
+
+
+def fold_in(trained: Model, items, ratings, times=None, *, width: float = PRIOR_WIDTH) -> list:
+    """Tables as `Model.members` with one user: who gave `ratings` (N,) to the items of rows (N,).
+
+    By `model.add_user`; `width` is that of `model.find_prior`. Where the model has implicit
+    features, the items rated tell of the user through these too.
+    """
+    kinds, (n_users, n_items) = trained.options["features"], map(len, trained.ids)
+    about = {"head": make_head(*trained.head), "noise": 1.0}
+    users = trained.tensors["train_users"].unique().long()
+    if "unit" in trained.head[1]:  # the squared error has no scale of its own, as ordinal has
+        loss = trained.figures["epochs"][-1]["train_loss"]
+        about["noise"] = 2 * loss / trained.head[1]["unit"] ** 2
+    if "time" in kinds and times is not None and len(items):
+        own = to_frame(NAMES, torch.full_like(items, n_users), items, ratings, times)
+        history = find_history(trained).vstack(own)
+        about["context"] = data.time_context(history, history.clear())[0][-len(items) :]
+    parts = [None] * len(trained.members)
+    if "implicit" in kinds:
+        first = n_users if "id" in kinds else 0
+        starts, columns, values = trained.features[0]
+        values = values * ((columns >= first) & (columns < first + n_items))
+        tables = trained.tensors["tables"]
+        of_all = (model.embed(table, (starts, columns, values))[:n_users] for table in tables)
+        of_new = tables[:, first + items].double().sum(1) / max(len(items), 1) ** 0.5
+        parts = zip(of_all, of_new, strict=True)
+    folded = []
+    for rows, implicit in zip(trained.members, parts, strict=True):
+        prior = model.find_prior(rows, users, width=width, implicit=implicit)
+        folded.append(model.add_user(rows, items, ratings, prior=prior, **about))
+    return folded
+
+
+def find_similar(trained: Model, item, *, n: int = 10) -> pl.DataFrame:
+    """The `n` items most like one, by the cosine of their factors: item, title, similarity.
+
+    The item is given as to `find_item`. Items without training ratings are left out.
+    """
+    row, counts = find_item(trained, item), count_ratings(trained)
+    if not trained.seen[1][row]:
+        raise ValueError(
+            f"nothing is known of item {trained.ids.items[row]!r}: no training ratings"
+        )
+    cosines = model.find_similar(find_factors(trained), row)
+    cosines[counts == 0] = cosines[row] = -math.inf
+    values, rows = cosines.topk(min(n, len(cosines)))
+    is_kept = values > -math.inf
+    return describe_items(trained, rows[is_kept], similarity=values[is_kept])
+
+
+def find_factors(trained: Model) -> list[torch.Tensor]:
+    """The items' factors of each member, (n_items, K)."""
+    return [rows.item_factors[: len(trained.ids.items)] for rows in trained.members]
+
+
+def interpret(trained: Model) -> pl.DataFrame:
+    """The items from the most to the least liked, whoever rates: item, title, rating, n_ratings.
+
+    By `model.find_likings`. Items without training ratings are left out.
+    """
+    n_users, n_items = map(len, trained.ids)
+    likings = model.find_likings(trained.members, n_users, head=make_head(*trained.head))[:n_items]
+    counts = count_ratings(trained)
+    rows = likings.argsort(descending=True, stable=True)
+    rows = rows[counts[rows] > 0]
+    return describe_items(trained, rows, rating=likings[rows], n_ratings=counts[rows])
+
+
+# Pictures
+
+
+def start_figure(n_columns: int = 1, *, width: float = 8.0, height: float = 4.8) -> tuple:
     """A matplotlib figure with empty axes side by side. ValueError without matplotlib."""
     try:
         from matplotlib.figure import Figure  # no pyplot: no window, nothing global
@@ -1582,33 +1066,31 @@ def start_figure(n_columns=1, *, width=8.0, height=4.8):
     return figure, axes
 
 
-def plot_runs(runs):
-    """Learning curves, lr and momentum of trainings: `runs` has pairs of a name and `--metrics`."""
-    import schedule
-    import train
+def write_picture(path: Path, figure) -> None:
+    """Write a matplotlib figure to a .png or .svg file."""
+    with data.replacing(path) as beside, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of glyphs that the font lacks
+        figure.savefig(beside, format=path.suffix[1:].lower())
 
+
+def plot_runs(runs: list[tuple[str, dict]]):
+    """Learning curves, lr and momentum of trainings: pairs of a name and what --metrics wrote.
+
+    The schedule is over the share of the training, for runs of different length.
+    """
     figure, (errors, losses, lrs) = start_figure(3, width=14.0, height=4.4)
-    momenta = lrs.twinx()
-    momenta.spines["top"].set_visible(False)
+    momenta, shares = lrs.twinx(), [step / 10 for step in range(1001)]
     for number, (name, run) in enumerate(runs):
-        name = name.encode(errors="replace").decode().replace("$", r"\$")  # no formula
-        name = f" {name}" if name.startswith("_") else name  # which would have no label
-        color, options = f"C{number % 10}", run["options"]
+        style = {"color": f"C{number % 10}", "label": f" {shorten(name)}"}
         epochs = [row["epoch"] for row in run["epochs"]]
-        for axes, key in ((errors, "mse"), (losses, "train_loss")):
-            values = [row[key] for row in run["epochs"]]
-            axes.plot(epochs, values, color=color, marker="o", markersize=3.5, label=name)
-        n_batches = train.count_batches(
-            run["n_train"], options["batch_size"], drop_last=options["drop_last"]
-        )
-        n_steps = options["epochs"] * n_batches
-        steps = sorted({*range(0, n_steps, max(n_steps // 500, 1)), n_steps - 1})
-        paces = [schedule.one_cycle(n_steps, lr_max=options["lr_max"])(step) for step in steps]
-        lrs.plot(steps, [pace.lr for pace in paces], color=color, label=name)
-        momenta.plot(steps, [pace.momentum for pace in paces], color=color, linestyle=":")
+        errors.plot(epochs, [row["mse"] for row in run["epochs"]], "o-", **style)
+        losses.plot(epochs, [row["train_loss"] for row in run["epochs"]], "o-", **style)
+        paces = list(map(schedule.one_cycle(1000, lr_max=run["options"]["lr_max"]), range(1001)))
+        lrs.plot(shares, [pace.lr for pace in paces], **style)
+        momenta.plot(shares, [pace.momentum for pace in paces], ":", **style)
     errors.set(xlabel="epoch", ylabel="test MSE", title="Error on the test part")
     losses.set(xlabel="epoch", ylabel="loss", title="Loss in training")
-    lrs.set(xlabel="step", ylabel="learning rate (solid)", title="Schedule")
+    lrs.set(xlabel="% of the training", ylabel="learning rate (solid)", title="Schedule")
     momenta.set_ylabel("momentum (dotted)")
     for axes in (errors, losses):
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -1616,196 +1098,211 @@ def plot_runs(runs):
     return figure
 
 
-def plot_lr(found):
+def plot_lr(found: dict):
     """The curve of `find_lr`, with both suggestions."""
     figure, (axes,) = start_figure()
     axes.plot(found["lrs"], found["losses"], color="C0")
     for name, color in (("valley", "C1"), ("steepest", "C2")):
-        place = found["lrs"].index(min(found["lrs"], key=lambda lr: abs(lr - found[name])))
-        label = f"{name} {found[name]:.2g}"
-        axes.plot(found[name], found["losses"][place], "o", color=color, label=label)
+        loss = found["losses"][found["lrs"].index(found[name])]
+        axes.plot(found[name], loss, "o", color=color, label=f"{name} {found[name]:.2g}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="smoothed loss")
     axes.set_title("Learning-rate range test")
     axes.legend(frameon=False)
     return figure
 
 
-def plot_map(saved, *, n_labels=60):
+def plot_map(trained: Model, *, n_items: int = 2_000, n_labels: int = 60):
     """Items by their first two principal components, the most rated ones labelled.
 
     The area of a dot goes with the item's ratings. A label that would cover another is left out.
     """
-    import model
-
-    counts = count_ratings(saved)
-    rows = counts.argsort(descending=True, stable=True)[:2_000]
+    counts = count_ratings(trained)
+    rows = counts.argsort(descending=True, stable=True)[:n_items]
     rows = rows[counts[rows] > 0]
-    places = model.find_components([tables.item_factors for tables in saved.tables])[rows]
+    places, shares = model.find_components(find_factors(trained))
     figure, (axes,) = start_figure(width=12.0, height=9.0)
     sizes = 60 * (counts[rows] / counts.max()).numpy() + 2
-    axes.scatter(*places.T.numpy(), s=sizes, color="C0", alpha=0.35, linewidths=0)
-    axes.set(xlabel="first principal component", ylabel="second principal component")
-    axes.set_title(f"The {len(rows):,} most rated items by what their raters have in common")
+    axes.scatter(*places[rows].T.numpy(), s=sizes, color="C0", alpha=0.35, linewidths=0)
+    labels = [f"{share:.0%} of the variance of the items' factors" for share in shares.tolist()]
+    axes.set(xlabel=labels[0], ylabel=labels[1])
+    axes.set_title(f"The {len(rows):,} most rated items; what is near is rated alike")
     axes.margins(0.06)
-    titles = [shorten(find_title(saved, row)) for row in rows[:n_labels].tolist()]
-    place_labels(figure, axes, places[:n_labels].tolist(), titles)
-    return figure
-
-
-def shorten(title, longest=34):
-    """A title for a label: cut with an ellipsis, and never read as a formula."""
-    title = title if len(title) <= longest else title[: longest - 1] + "…"
-    return title.replace("$", r"\$")
-
-
-LABEL_PLACES = ((4, 3, "left"), (-4, 3, "right"), (4, -9, "left"), (-4, -9, "right"))  # in points
-
-
-def place_labels(figure, axes, places, texts):
-    """Write each text beside its place where it covers none before it, else nowhere."""
+    rows = rows[:n_labels]
+    titles = [shorten(title) for title in describe_items(trained, rows)["title"]]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of glyphs that the font lacks
-        figure.draw_without_rendering()  # the axes have their place only then
-        figure.set_layout_engine("none")
-        taken, frame = [], axes.get_window_extent()
-        for place, text in zip(places, texts, strict=True):
-            for x, y, align in LABEL_PLACES:
-                offset = {"xytext": (x, y), "textcoords": "offset points", "ha": align}
-                label = axes.annotate(text, place, fontsize=7, **offset)
-                box = label.get_window_extent().expanded(1.02, 1.1)
-                is_inside = frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
-                if is_inside and not any(box.overlaps(other) for other in taken):
-                    taken.append(box)
-                    break
-                label.remove()
-
-
-def plot_likings(most, least):
-    """What `interpret` returns, a line an item, from the most liked to the least."""
-    rows = [*least, *reversed(most)]
-    figure, (axes,) = start_figure(width=9.0, height=1.2 + 0.26 * len(rows))
-    colors = ["C3"] * len(least) + ["C0"] * len(most)
-    axes.scatter([row.rating for row in rows], range(len(rows)), color=colors, s=28, zorder=3)
-    axes.set_yticks(range(len(rows)), [shorten(row.title, 48) for row in rows], fontsize=8)
-    for place, row in enumerate(rows):
-        text = f"{row.rating:.2f}, {row.n_ratings:,} ratings"
-        offset = {"xytext": (6, 0), "textcoords": "offset points"}
-        axes.annotate(text, (row.rating, place), va="center", fontsize=7, **offset)
-    axes.set(xlabel="rating that the item's bias predicts")
-    axes.set_title("The items liked most and least, whoever rates")
-    low, high = (end(row.rating for row in rows) for end in (min, max))
-    margin = 0.05 * (high - low) + 0.05
-    axes.set_xlim(low - margin, high + 5 * margin)
+        place_labels(figure, axes, places[rows].tolist(), titles)
     return figure
 
 
-def _finite(context, parameter, value):
-    """Refuses `nan` and `inf`, which click's FloatRange lets pass."""
-    for number in value if isinstance(value, tuple) else (value,):
-        if number is not None and not math.isfinite(number):
-            raise click.BadParameter(f"{number} is not a finite number.")
-    return value
+def shorten(text: str, longest: int = 34) -> str:
+    """A text for a label: cut with an ellipsis, and never read as a formula."""
+    text = text if len(text) <= longest else text[: longest - 1] + "…"
+    return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
-def _interval(context, parameter, value):
-    _finite(context, parameter, value)
-    if value is not None and max(map(abs, value)) > LARGEST:
-        raise click.BadParameter(f"{max(value, key=abs):g} is beyond the numbers of float32.")
-    if value is not None and value[0] >= value[1]:
-        raise click.BadParameter(f"{value[0]:g} is not below {value[1]:g}.")
-    return value
+def place_labels(figure, axes, places: list, texts: list[str]) -> None:
+    """Write each text beside its place where it covers none before it, else nowhere."""
+    figure.draw_without_rendering()  # the axes have their place only then
+    figure.set_layout_engine("none")
+    taken, frame = [], axes.get_window_extent()
+    for place, text in zip(places, texts, strict=True):
+        for x, y in ((4, 3), (-4, 3), (4, -9), (-4, -9)):  # in points
+            offset = {"xytext": (x, y), "textcoords": "offset points", "fontsize": 7}
+            label = axes.annotate(text, place, ha="left" if x > 0 else "right", **offset)
+            box = label.get_window_extent().expanded(1.02, 1.1)
+            is_inside = frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
+            if is_inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            label.remove()
 
 
-def _split(context, parameter, value):
-    if value not in (None, *SPLITS) and not re.fullmatch(r"last[1-9]\d{0,8}", value):
-        raise click.BadParameter(f"'{value}' is not one of {', '.join(SPLITS)}, last1, last10 ...")
-    return value
+# Options
 
 
-def _names(allowed):
-    """A callback: names separated by commas, each one of `allowed` and none twice."""
-
-    def read(context, parameter, value):
-        if value is None:
-            return None
-        names = tuple(value.split(","))
-        for name in names:
-            if name not in allowed:
-                raise click.BadParameter(f"'{name}' is not one of {', '.join(allowed)}.")
-        if len(set(names)) < len(names):
-            raise click.BadParameter(f"'{value}' names one twice.")
-        return names
-
-    return read
+def to_names(text) -> tuple[str, ...]:
+    """Names between commas, or those of a list."""
+    return tuple(text.split(",") if isinstance(text, str) else text)
 
 
-def find_processes():
-    """Rank and number of the processes of this training, as torchrun tells them; 0 and 1 alone."""
-    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    is_told = rank.isdecimal() and size.isdecimal() and int(size) > 1
-    return (int(rank), int(size)) if is_told else (0, 1)
+FILE, COUNT = click.Path(path_type=Path), click.IntRange(1, 10**6)
+POSITIVE, SHARE = click.FloatRange(0, LARGEST, min_open=True), click.FloatRange(0, 1, max_open=True)
+DECAY, NUMBER = click.FloatRange(0, LARGEST), click.FloatRange(-LARGEST, LARGEST)
+INTERVAL = click.Tuple([NUMBER, NUMBER])
+# By group, as in --help, and by name: type, help, and default if there is one. bool is a flag.
+# fmt: off
+OPTIONS = {
+    "Data": {
+        "dataset": (str, "A MovieLens: ml-100k, the default, ml-1m, ml-latest-small ..."),
+        "ratings": (FILE, "Instead: a table of user, item, rating[, time], or a MovieLens."),
+        "users": (FILE, "A table of what is known of the users."),
+        "items": (FILE, "The same for items; titles are shown."),
+        "user-column": (str, "The user column's name in the files' headers."),
+        "item-column": (str, "The item column's."),
+        "rating-column": (str, "The rating column's."),
+        "time-column": (str, "The time column's."),
+        "rating-range": (INTERVAL, "Of the scale; a rating outside is an error."),
+        "data-dir": (FILE, "Folder of the data.  [default: the user's cache]"),
+    },
+    "Split": {
+        "split": (str, "ua, ub, u1 to u5 (ml-100k only), random; last10, last1 ... by time."),
+        "test": (FILE, "Test on the ratings of this file; no split."),
+        "allow-overlap": (bool, "Pairs of the training part may be tested on."),
+        "holdout": (POSITIVE, "Test on this share of the training part: the test part is not read"),
+    },
+    "Training": {
+        "recipe": (click.Choice([*RECIPES]), "Defaults for the next group.", "default"),
+        "seed": (click.IntRange(0, 2**32 - 1), "The same gives the same model.", 0),
+        "threads": (click.IntRange(1, os.cpu_count()), "Of torch.", 1),
+    },
+    "Recipe": {
+        "features": (to_names, "Of a row: id,implicit,side,time, or some."),
+        "loss": (click.Choice(["mse", "ordinal"]), "What is differentiated."),
+        "y-range": (INTERVAL, "Bounds of the sigmoid that makes a prediction (loss mse)."),
+        "n-factors": (click.IntRange(1, 2**16), "Latent size."),
+        "dropout": (SHARE, "Share of products of factors left out."),
+        "ensemble": (click.IntRange(1, 1000), "Models to average."),
+        "epochs": (COUNT, "Passes over the training part."),
+        "batch-size": (click.IntRange(1, 2**31), "Ratings a step."),
+        "drop-last/--keep-last": (bool, "Leave out an incomplete last batch, or not.", None),
+        "lr-max": (POSITIVE, "Step size at the peak."),
+        "weight-decay": (DECAY, "Decoupled: a step takes this times lr off each factor."),
+        "bias-decay": (DECAY, "The same for the biases."),
+    },
+    "Output": {
+        "metrics": (FILE, "Write the figures here, as JSON."),
+        "save": (FILE, "Write the model to this file."),
+        "checkpoint": (FILE, "Write to this file, after each epoch, its state."),
+        "resume": (FILE, "Go on from this checkpoint, and keep it up unless --checkpoint."),
+    },
+    "Options": {
+        "splits": (to_names, "Published ones, to test on in turn.", "u1,u2,u3,u4,u5"),
+        "folds": (click.IntRange(2), "Instead: cut the ratings at random into this many."),
+        "user": (str, "Its id."),
+        "item": (str, "Its id, or a part of its title that no other has."),
+        "pairs": (FILE, "Instead: a table of user, item[, time], of any length."),
+        "rated": (str, "Instead: a new user's ratings, ITEM:RATING,... or a file of them."),
+        "all-users": (bool, "Instead: for every user."),
+        "output": (FILE, "Write to this .csv, .tsv or .parquet; a picture to this .png or .svg."),
+        "plot": (FILE, "Draw the curve to this .png or .svg."),
+        "n": (COUNT, "How many.", 10),
+        "include-seen": (bool, "Items that the user has rated, too."),
+        "ranking": (bool, "How well the first of each user's list hit, too."),
+        "k": (COUNT, "How many first.", 10),
+        "min-rating": (NUMBER, "The least rating that is a hit.  [default: any]"),
+        "allow-unknown": (bool, "Unknown users and items count as average ones."),
+        "json": (bool, "Print JSON."),
+    },
+}
+# fmt: on
+COLUMNS = {"user": "user", "item": "item", "rating": "rating", "time": "timestamp"}
+COLUMN_OPTIONS = tuple(f"{name}-column" for name in COLUMNS)
+WHOM, RANKING = ("user", "rated", "all-users"), ("ranking", "k", "min-rating")
+ALLOWED = ("allow-unknown", "allow-overlap")
+PICTURES, TABLES = (".png", ".svg"), (".csv", ".tsv", ".parquet")
+NOT_KEPT = {"resume", "checkpoint", "save", "metrics", "threads"}  # in a checkpoint
 
 
-def join_processes():
-    """Be one of the processes that torchrun has started, until the end of the program."""
-    from torch import distributed
+class Command(click.Command):
+    """A command whose --help shows its options by the groups of `OPTIONS`."""
 
-    try:
-        meeting = distributed.rendezvous("env://", timeout=timedelta(minutes=5))
-        store, rank, size = next(meeting)
-    except RuntimeError as error:
-        address = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
-        raise ConnectionError(f"no other process of this training at {address}") from error
-    # The others wait while the first reads the data and evaluates, however long that takes.
-    distributed.init_process_group(
-        "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(days=1)
-    )
-    # Not before an error is told: torchrun ends all processes when the others have lost the first.
-    atexit.register(distributed.destroy_process_group)
+    def format_options(self, context, formatter):
+        options = [each for each in self.get_params(context) if isinstance(each, click.Option)]
+        for title in OPTIONS:
+            shown = [each for each in options if getattr(each, "group", "Options") == title]
+            if shown:
+                with formatter.section(title):
+                    formatter.write_dl([each.get_help_record(context) for each in shown])
 
 
-def _notice(line):
-    if find_processes()[0] == 0:  # the others have nothing else to say
-        click.echo(" ".join(line.splitlines()), err=True)  # a file may have any name
+class Group(click.Group):
+    """Commands in the order of work."""
+
+    def list_commands(self, context):
+        return list(self.commands)
 
 
-@contextmanager
-def _usage():
-    """A ValueError of what the command line says is wrong usage, with exit status 2."""
-    try:
-        yield
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
+def command(name: str, *options: str, required: str | None = None):
+    """A decorator: a command of the program with these options, or all of a group, of `OPTIONS`.
 
+    "MODEL" among them is the argument `path`.
+    """
 
-def _ending(*endings):
-    """A callback: a file's name that ends so."""
-
-    def check(context, parameter, value):
-        if value is not None and value.suffix.lower() not in endings:
-            raise click.BadParameter(f"'{value}' does not end in {' or '.join(endings)}.")
-        return value
-
-    return check
-
-
-def packed(name, options):
-    """A decorator: the command has `options`, by name, and gets their values in one dict."""
-
-    def decorate(command):
-        @wraps(command)
-        def unpacked(**given):
-            values = {each: given.pop(each) for each in options}
-            return command(**{name: values}, **given)
-
-        for option in reversed(options.values()):
-            unpacked = option(unpacked)
-        return unpacked
+    def decorate(function):
+        if "MODEL" in options:
+            function = click.argument("path", metavar="MODEL", type=FILE)(function)
+        for title, rows in reversed(OPTIONS.items()):
+            for each, (kind, text, *default) in reversed(rows.items()):
+                if each in options or title in options:
+                    flag = f"-{each}" if len(each) == 1 else f"--{each}"
+                    rest = {"is_flag": True} if kind is bool else {"type": kind}
+                    rest |= {"default": default[0], "show_default": True} if default else {}
+                    rest |= {"callback": check_value}
+                    rest |= {"required": each == required, "expose_value": each != "json"}
+                    function = click.option(flag, help=text, **rest)(function)
+                    function.__click_params__[-1].group = title
+        return cli.command(name, cls=Command)(function)
 
     return decorate
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def check_value(context, option, value):
+    """A value that is no nan, which click's ranges let pass, nor an empty interval."""
+    is_interval = isinstance(value, tuple) and isinstance(value[0], float)
+    if value != value or (is_interval and not value[0] < value[1]):
+        raise click.BadParameter(f"{value} is not a number, or an interval from low to high.")
+    if option is not None:
+        context.meta[option.name] = value  # of json, for `show`
+    return value
+
+
+# Commands
+
+
+@click.group(
+    cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 def cli():
     """Collaborative filtering in plain PyTorch.
 
@@ -1813,218 +1310,160 @@ def cli():
     """
 
 
-FILE = click.Path(path_type=Path)
-POSITIVE = click.FloatRange(0, 1e30, min_open=True)  # of float32
-INTERVAL = {"nargs": 2, "type": float, "callback": _interval, "metavar": "LOW HIGH"}
-COLUMN_OPTIONS = {
-    f"{name}_column": click.option(
-        f"--{name}-column", metavar="NAME", help=f"The {name} column's name in the files' headers."
-    )
-    for name in ("user", "item", "rating", "time")
-}
-DATA_OPTIONS = {
-    "dataset": click.option(
-        "--dataset", type=click.Choice(DATASETS), help="A MovieLens.  [default: ml-100k]"
-    ),
-    "ratings": click.option(
-        "--ratings",
-        type=FILE,
-        help="Instead: a table of user, item, rating[, time] (CSV, TSV, Parquet ..., also .gz), or"
-        " a MovieLens's folder or zip.",
-    ),
-    "users": click.option("--users", type=FILE, help="A table of what is known of the users."),
-    "items": click.option("--items", type=FILE, help="The same for items; titles are shown."),
-    **COLUMN_OPTIONS,
-    "rating_range": click.option(
-        "--rating-range",
-        **INTERVAL,
-        help="Of the scale; a rating outside is an error.  [default: that of the ratings]",
-    ),
-    "allow_similar_ids": click.option(
-        "--allow-similar-ids", is_flag=True, help="Ids may differ in case or spaces alone."
-    ),
-    "data_dir": click.option(
-        "--data-dir", type=FILE, help="Folder of the data.  [default: the user's cache]"
-    ),
-}
-RECIPE_OPTIONS = {
-    "features": click.option(
-        "--features",
-        callback=_names(FEATURES),
-        metavar="NAMES",
-        help=f"What a row is made of: {','.join(FEATURES)}, or some of them.",
-    ),
-    "loss": click.option("--loss", type=click.Choice(LOSSES), help="What is differentiated."),
-    "y_range": click.option(
-        "--y-range",
-        **INTERVAL,
-        help="Bounds of a prediction, of the sigmoid that makes it (loss mse).",
-    ),
-    "n_factors": click.option("--n-factors", type=click.IntRange(1, 2**16), help="Latent size."),
-    "dropout": click.option(
-        "--dropout",
-        type=click.FloatRange(0, 1, max_open=True),
-        callback=_finite,
-        help="Share of the products of factors left out of a prediction in training.",
-    ),
-    "ensemble": click.option("--ensemble", type=click.IntRange(1, 1000), help="Models to average."),
-    "epochs": click.option(
-        "--epochs", type=click.IntRange(1, 10**6), help="Passes over the training part."
-    ),
-    "batch_size": click.option(
-        "--batch-size", type=click.IntRange(1, 2**31), help="Ratings a step."
-    ),
-    "drop_last": click.option(
-        "--drop-last/--keep-last", default=None, help="Leave out an incomplete last batch, or not."
-    ),
-    "lr_max": click.option(
-        "--lr-max", type=POSITIVE, callback=_finite, help="Step size at the peak."
-    ),
-    "weight_decay": click.option(
-        "--weight-decay",
-        type=click.FloatRange(0),
-        callback=_finite,
-        help="Decoupled: a step takes the share lr times this off every factor.",
-    ),
-    "bias_decay": click.option(
-        "--bias-decay", type=click.FloatRange(0), callback=_finite, help="The same for the biases."
-    ),
-}
-
-
-def with_training_options(command):
-    """The options of every command that trains: data, recipe, seed and threads."""
-    for option in (
-        click.option(
-            "--threads",
-            type=click.IntRange(1, os.cpu_count()),
-            default=1,
-            show_default=True,
-            help="Of torch, in each process; one is fastest for small batches.",
-        ),
-        click.option(
-            "--seed",
-            type=click.IntRange(0, 2**32 - 1),
-            default=0,
-            show_default=True,
-            help="Of all that is drawn at random: the same seed gives the same model.",
-        ),
-        packed("given", RECIPE_OPTIONS),
-        click.option(
-            "--recipe",
-            type=click.Choice(list(RECIPES)),
-            default="default",
-            show_default=True,
-            help="A named set of defaults for the options from --features to --bias-decay.",
-        ),
-        packed("where", DATA_OPTIONS),
-    ):
-        command = option(command)
-    return command
-
-
-def with_split_options(command):
-    """The options of a command that trains on one split."""
-    for option in (
-        click.option(
-            "--holdout",
-            type=click.FloatRange(0, 1, min_open=True, max_open=True),
-            callback=_finite,
-            help="Test on this share of the training part instead; the test part is not read.",
-        ),
-        click.option("--allow-overlap", is_flag=True, help="--test may share pairs with training."),
-        click.option("--test", type=FILE, help="Test on the ratings of this file; no split."),
-        click.option(
-            "--split",
-            callback=_split,
-            metavar="NAME",
-            help="ua, ub, u1 to u5 (ml-100k only), random, or last1, last10 ...: each user's last"
-            " by time.  [default: ua for ml-100k, else random]",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-METRICS = click.option("--metrics", type=FILE, help="Write the figures here, as JSON.")
-MODEL = click.argument("path", metavar="MODEL", type=FILE)  # what `train --save` has written
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-NUMBER = click.option(
-    "-n", "n", type=click.IntRange(1, 10**6), default=10, show_default=True, help="How many."
-)
-PICTURE = {"type": FILE, "callback": _ending(".png", ".svg"), "metavar": "FILE.png|.svg"}
-TABLE = {"type": FILE, "callback": _ending(".csv", ".tsv", ".parquet")}
-ALLOW_UNKNOWN = click.option(
-    "--allow-unknown", is_flag=True, help="Unknown users and items count as average ones."
-)
-
-
-def choose_columns(values):
-    """The `columns` of `data.read_ratings` from the values of `COLUMN_OPTIONS`."""
-    names = {"user": "user", "item": "item", "rating": "rating", "time": "timestamp"}
-    columns = {name: values[f"{option}_column"] for option, name in names.items()}
-    return {name: column for name, column in columns.items() if column is not None}
-
-
-def read_options(where):
-    """What `read` takes, from the values of `DATA_OPTIONS`."""
-    rest = {name: value for name, value in where.items() if name not in COLUMN_OPTIONS}
-    return rest | {"columns": choose_columns(where)}
-
-
-def refuse_columns(values, option):
-    """UsageError for a name of a column where there is no table."""
-    for name in COLUMN_OPTIONS:
-        if values[name] is not None:
-            raise click.UsageError(f"--{name.replace('_', '-')} goes with {option}.")
-
-
-def check_paths(sources, results):
-    """UsageError for a result that would be written over what is read."""
-    sources = {path.resolve() for path in sources if path is not None}
-    for path in results:
-        if path is not None and path.resolve() in sources:
-            raise click.UsageError(f"{path} is read, and would be written over.")
-
-
-def start(threads, paths):
-    """What a command that trains does first: threads, and that its results can be written."""
-    import torch
-
-    import data
-
-    for path in filter(None, paths):
-        data.check_writable(path)  # said now, not after the training
-    torch.set_num_threads(threads)
-
-
-def check_usage(recipe, given, where, paths=(), *, split=None, test=None, holdout=None):
-    """UsageError for options that do not go together, before anything is read."""
-    with _usage():
-        choose_options(recipe, given)
-        choose_dataset(where["dataset"], where["ratings"])
-        check_split(split, test, holdout)
-    sources = [where["ratings"], where["users"], where["items"], test]
-    if not any(sources):
-        refuse_columns(where, "--ratings")
-    check_paths(sources, paths)
-    names = [path.resolve() for path in paths if path is not None]
-    if len(set(names)) < len(names):
-        twice = next(path for path in filter(None, paths) if names.count(path.resolve()) > 1)
-        raise click.UsageError(f"two of the results are both {twice}.")
-
-
-@cli.command("train", short_help="Train a model on ratings.")
-@with_split_options
-@with_training_options
-@METRICS
-@click.option("--save", "save_to", type=FILE, help="Write the model to this file.")
-@click.option("--checkpoint", type=FILE, help="Write to this file, after each epoch, its state.")
-@click.option(
-    "--resume", type=FILE, help="Go on from this checkpoint, and keep it up unless --checkpoint."
-)
+@cli.result_callback()
 @click.pass_context
-def train_command(context, threads, save_to, metrics, checkpoint, resume, **_told):
+def show(context, answer) -> None:
+    """Print what a command returns: a value, if --json was given, or lines."""
+    value, lines = answer or (None, ())
+    if context.meta.get("json"):
+        lines = [json.dumps(value, ensure_ascii=False, allow_nan=False)]
+    for line in lines:
+        say(line)
+
+
+def say(line: str, *, err: bool = False) -> None:
+    """Print a line; what can't be written, to a reader that has gone, is dropped."""
+    try:
+        click.echo(line, err=err)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2 if err else 1)
+
+
+def notice(line: str) -> None:
+    """Say a line on stderr, of several processes the first alone."""
+    if find_processes()[0] == 0:
+        say(" ".join(line.splitlines()), err=True)  # a file may have any name
+
+
+def format_errors(errors: dict) -> str:
+    """MSE, RMSE and MAE with four digits."""
+    return ", ".join(f"{name} {errors[name]:#.4g}" for name in ("mse", "rmse", "mae"))
+
+
+def format_frame(frame: pl.DataFrame):
+    """The lines of a table, the title last; fractions have four digits."""
+    frame = frame.select(pl.exclude("title"), "title")
+    lines = [frame.columns]
+    for cells in frame.iter_rows():
+        lines.append([f"{cell:#.4g}" if isinstance(cell, float) else str(cell) for cell in cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for *cells, title in lines:
+        cells = [cell.rjust(width) for cell, width in zip(cells, widths, strict=False)]
+        yield " | ".join([*cells, title])
+
+
+def describe_ratings(task: Task):
+    """Lines on what is trained on."""
+    ratings, (low, high) = task.train[2], find_range(task.train[2])
+    counts = "{n_users:,} users, {n_items:,} items".format_map(task.figures)
+    n_ratings = task.figures["n_train"] + task.figures["n_test"]
+    yield f"{counts}, {n_ratings:,} ratings from {low:g} to {high:g}"
+    sample = ratings[:: max(len(ratings) // 1_000_000, 1)]
+    least, most = (sample.quantile(q).item() for q in (0.1, 0.9))
+    if high - low > 3 * (most - least):
+        cure = (
+            "if those far beyond are mistakes, leave them out; if they are counts, pass logarithms"
+        )
+        yield f"8 of 10 ratings are from {least:g} to {most:g}: {cure}"
+
+
+def describe_baselines(figures: dict):
+    """Lines on the errors that there are without a model."""
+    names = {"mean": "mean rating", "averages": "averages of users and items"}
+    for name, errors in figures["baselines"].items():
+        yield f"without a model, by the {names[name]}: {format_errors(errors)}"
+
+
+def conclude(line: str, figures: dict, metrics: Path | None) -> None:
+    """Say the result, and whether the training was for nothing; write --metrics."""
+    if metrics is not None:
+        text = json.dumps(figures, indent=1, allow_nan=False) + "\n"
+        data.write_file(metrics, text.encode())
+    say(line)
+    if figures["rmse"] > figures["baselines"]["averages"]["rmse"]:
+        notice("this is worse than the averages of users and items: predict those instead")
+
+
+def progress(length: int, label: str):
+    """A progress bar on stderr with the remaining time, hidden where that is no terminal."""
+    options = {"label": label, "file": sys.stderr, "item_show_func": lambda text: text}
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    return click.progressbar(length=length, hidden=not is_terminal, **options)
+
+
+def find_processes() -> tuple[int, int]:
+    """Rank and number of the processes of this training, as torchrun tells them; 0 and 1 alone."""
+    number, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    is_told = number.isdecimal() and size.isdecimal() and int(size) > 1
+    return (int(number), int(size)) if is_told else (0, 1)
+
+
+def join_processes() -> None:
+    """Be one of the processes that torchrun has started, until the end of the program."""
+
+    def join():
+        meeting = torch.distributed.rendezvous("env://", timeout=timedelta(minutes=5))
+        store, rank, size = next(meeting)
+        # The others wait while the first reads and evaluates, however long that takes.
+        about = {"store": store, "rank": rank, "world_size": size, "timeout": timedelta(days=1)}
+        torch.distributed.init_process_group("gloo", **about)
+
+    try:  # in a thread, for Python sees no signal while torch waits
+        ThreadPoolExecutor(1).submit(join).result()
+    except (RuntimeError, ValueError) as error:
+        address = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise ConnectionError(f"no other process of this training at {address}") from error
+
+
+def choose(told: dict, *names: str) -> dict:
+    """The values of some options."""
+    return {name: told[name] for name in names if name in told}
+
+
+def choose_columns(told: dict) -> dict:
+    """The `columns` of `data.read_ratings` from the values of the options."""
+    values = {column: told.get(f"{name}_column") for name, column in COLUMNS.items()}
+    return {column: value for column, value in values.items() if value is not None}
+
+
+def check_paths(sources, *results: Path | None, endings: tuple = ("",)) -> None:
+    """That results can be written, over nothing that is read, each to a file of its own."""
+    taken = {path.resolve() for path in sources if path is not None}
+    for path in (path for path in results if path is not None):
+        if path.resolve() in taken:
+            raise Usage(f"{path} is read, or is another result: it would be written over.")
+        if not path.name.lower().endswith(endings):
+            raise Usage(f"{path} does not end in {' or '.join(endings)}.")
+        taken.add(path.resolve())
+        data.check_writable(path)  # said now, not after the training
+
+
+def start(told: dict, *results: Path | None) -> Source:
+    """What a command that trains does first: cheap checks, threads, and reading."""
+    choose_options(told["recipe"], choose(told, *DEFAULT))
+    paths, columns = choose(told, "ratings", "test", "users", "items"), choose_columns(told)
+    if told["ratings"] and told["dataset"]:
+        raise Usage("--dataset {dataset} and --ratings {ratings} are two.".format_map(told))
+    if columns and not any(paths.values()):
+        raise Usage("the options of columns go with --ratings.")
+    check_names("--dataset", tuple(filter(None, [told["dataset"]])), data.DATASETS)
+    if not re.fullmatch("|".join((*data.SPLITS, r"last[1-9]\d{0,8}")), told.get("split") or "ua"):
+        raise Usage(f"--split {told['split']}: it is one of {', '.join(data.SPLITS)}, last10 ...")
+    check_paths(paths.values(), *results)
+    torch.set_num_threads(told["threads"])
+    ratings = paths.pop("ratings") or told["dataset"] or "ml-100k"
+    rest = choose(told, "rating_range", "data_dir")
+    return read(ratings, **paths, columns=columns, **rest, notice=notice)
+
+
+def choose_task(told: dict) -> dict:
+    """What `prepare` takes of the values of options."""
+    return choose(told, "recipe", "seed", "split", "holdout", "allow_overlap", *DEFAULT)
+
+
+@command("train", "Data", "Split", "Training", "Recipe", "Output")
+@click.pass_context
+def train_command(context, metrics, save, checkpoint, resume, **told):
     """Train a model, printing its error on the test part after each epoch.
 
     \b
@@ -2035,602 +1474,327 @@ def train_command(context, threads, save_to, metrics, checkpoint, resume, **_tol
 
     Under torchrun each process has a share of each batch, and the result is that of one.
     """
-    point, told = None, context.params
     if resume is not None:
-        point, checkpoint = load_checkpoint(resume), checkpoint or resume
-        told = restore_options(context, point["arguments"], resume)
-    where, given = ({n: told[n] for n in names} for names in (DATA_OPTIONS, RECIPE_OPTIONS))
-    parts = {name: told[name] for name in ("split", "holdout", "test")}
-    check_usage(told["recipe"], given, where, (save_to, metrics, checkpoint), **parts)
-    rank, n_processes = find_processes()
-    if n_processes > 1 and checkpoint is not None:
-        raise click.UsageError(f"--checkpoint is of one process, not of {n_processes}.")
+        told, checkpoint = restore_options(context, resume), checkpoint or resume
+    number, n_processes = find_processes()
     if n_processes > 1:
-        join_processes()
-    started = time.perf_counter()
-    if rank > 0:
-        return follow(threads)
-    start(threads, (save_to, metrics, checkpoint))
-    training = plan_training(
-        read(**read_options(where), test=told["test"], notice=_notice),
-        told["recipe"],
-        told["split"],
-        told["holdout"],
-        told["seed"],
-        told["allow_overlap"],
-        given,
-        _notice,
-    )
-    load_seconds = time.perf_counter() - started
-    rows, tables, go_on = [], [], None
-    fingerprint = checkpoint and find_fingerprint(training)
-    if point is not None:
-        n_members = training.options["ensemble"]
-        if (point["fingerprint"], len(point["states"])) != (fingerprint, n_members):
-            raise ValueError(f"{resume}: the data is not that which it was trained on")
-        rows, tables = point["rows"], [state[0] for state in point["states"]]
-        go_on = len(rows), point["states"]
-    for line in describe_task(training):
-        _notice(line)
-    if point is not None:
-        _notice(f"{resume}: going on after epoch {len(rows)} of {training.options['epochs']}")
-    tested = "test" if told["holdout"] is None else "held"
-    click.echo(f"epoch | train_loss | {tested}_mse | {tested}_rmse | {tested}_mae |    time")
-    options = {"options": training.options, "seed": told["seed"], "clip": training.clip}
-    epochs = fit(training.task, **options, n_processes=n_processes, resume=go_on)
-    for done, row in show_epochs(epochs, training, rows):
-        rows.append(row)
-        tables = [epoch.params[0] for epoch in done]
         if checkpoint is not None:
-            save_checkpoint(checkpoint, fingerprint, done, rows, keep_options(told))
-    figures = conclude(training, rows) | {"load_seconds": load_seconds}
-    if n_processes > 1:
-        figures["processes"] = n_processes
-    errors, on = format_errors(figures, training.clip), describe_test(figures)
-    click.echo(f"{tested} {errors} on {on}, trained in {figures['fit_seconds']:.2f} s")
-    warn_if_worse(figures, figures["baselines"]["averages"])
-    if save_to is not None:
-        save_model(save_to, make_model(training, tables, figures))
-    if metrics is not None:
-        save_json(metrics, figures)
+            raise Usage(f"--checkpoint is of one process, not of {n_processes}.")
+        join_processes()
+    torch.set_num_threads(told["threads"])
+    if number > 0:
+        for _ in fit_members(train.broadcast()):
+            pass
+        return
+    started = time.perf_counter()
+    task = prepare(start(told, save, metrics, checkpoint), **choose_task(told), notice=notice)
+    load_seconds = time.perf_counter() - started
+    for line in (*describe_ratings(task), *describe_baselines(task.figures)):
+        notice(line)
+    tested = "test" if told["holdout"] is None else "held"
+    say(f"epoch | train_loss | {tested}_mse | {tested}_rmse | {tested}_mae |    time")
+    with progress(task.options["epochs"], "epochs") as bar:
+        trained = train_model(
+            task,
+            on_epoch=partial(show_epoch, task, bar),
+            checkpoint=checkpoint,
+            resume=resume,
+            arguments={n: str(v.resolve()) if isinstance(v, Path) else v for n, v in told.items()},
+        )
+    figures = trained.figures
+    figures |= {"load_seconds": load_seconds, "processes": n_processes}
+    if save is not None:
+        save_model(save, trained)
+    done = f"on {describe_test(figures)}, trained in {figures['fit_seconds']:.2f} s"
+    conclude(f"{tested} {format_errors(figures)} {done}", figures, metrics)
 
 
-def warn_if_worse(figures, averages):
-    """A last line where a training was for nothing."""
-    if figures["rmse"] > averages["rmse"]:
-        _notice("this is worse than the averages of users and items: predict those instead")
-
-
-NOT_KEPT = {"resume", "checkpoint", "save_to", "metrics", "threads"}  # in a checkpoint
-
-
-def keep_options(told):
-    """The values of train's options as text and numbers, as click takes them again."""
-    kept = {name: value for name, value in told.items() if name not in NOT_KEPT}
-    if kept["features"] is not None:
-        kept["features"] = ",".join(kept["features"])
-    return {name: str(v.resolve()) if isinstance(v, Path) else v for name, v in kept.items()}
-
-
-def restore_options(context, kept, path):
-    """The values that `keep_options` kept, checked by click. UsageError for one given besides."""
-    told = dict(context.params)
+def restore_options(context: click.Context, path: Path) -> dict:
+    """The values that `train_command` kept, checked by click. `Usage` for one given besides."""
     for option in context.command.params:
-        if option.name in NOT_KEPT:
-            continue
-        if context.get_parameter_source(option.name).name == "COMMANDLINE":
-            raise click.UsageError(f"{option.opts[0]} is the checkpoint's, with --resume.")
-        with _refusing(path, "checkpoint"):
-            value = kept[option.name]
-            told[option.name] = None if value is None else option.process_value(context, value)
-    return told
+        is_given = context.get_parameter_source(option.name).name == "COMMANDLINE"
+        if is_given and option.name not in NOT_KEPT:
+            raise Usage(f"{option.opts[0]} is the checkpoint's, with --resume.")
+    with refusing(path, "checkpoint"):
+        about, _ = load(path, "checkpoint")
+        kept = context.command.make_context("train", [], default_map=about["arguments"]).params
+    told = {name: value for name, value in kept.items() if name not in NOT_KEPT}
+    return told | choose(context.params, "threads")
 
 
-COLUMN_WIDTHS = (("train_loss", 10), ("mse", 8), ("rmse", 9), ("mae", 8))
+def show_epoch(task: Task, bar, figures: dict) -> None:
+    """A line for an epoch, above the bar on a terminal."""
+    if not bar.hidden:  # the bar makes room for the line
+        click.echo("\r\033[K", nl=False, err=True)
+    widths = {"train_loss": 10, "mse": 8, "rmse": 9, "mae": 8}
+    cells = [f"{figures[name]:#{width}.4g}" for name, width in widths.items()]
+    say(f"{figures['epoch']:5} | {' | '.join(cells)} | {figures['seconds']:5.2f} s")
+    n_ratings = task.figures["n_train"] * task.options["ensemble"]
+    bar.update(1, f"{n_ratings / max(figures['seconds'], 1e-9):,.0f} ratings/s")
 
 
-def show_epochs(epochs, training, rows):
-    """Pass on `epochs`, printing a line for each, first for `rows`; a bar below on a terminal."""
-    scale = dict.fromkeys(("rmse", "mae"), find_scale(training.clip))
-    scale["mse"] = 2 * scale["rmse"]
-    scale["train_loss"] = scale["mse"] if training.options["loss"] == "mse" else 0
-
-    def show(row):
-        cells = (f"{format_number(row[n], scale[n]):>{width}}" for n, width in COLUMN_WIDTHS)
-        click.echo(f"{row['epoch']:5} | {' | '.join(cells)} | {row['seconds']:5.2f} s")
-
-    for row in rows:
-        show(row)
-    n_ratings = training.figures["n_train"] * training.options["ensemble"]
-    bar = _progress(training.options["epochs"], label="epochs")
-    with bar:
-        bar.update(len(rows))
-        for done, row in epochs:
-            if not bar.hidden:  # the bar makes room for the line
-                click.echo("\r\033[K", nl=False, err=True)
-            show(row)
-            yield done, row
-            bar.update(1, f"{n_ratings / row['seconds']:,.0f} ratings/s")
+def describe_test(figures: dict) -> str:
+    """What a training was tested on."""
+    share = f"{figures['holdout']:g} of the training part of " if "holdout" in figures else ""
+    return f"{share}{figures['split']}"
 
 
-def _progress(length, label):
-    """A progress bar on stderr with the remaining time, hidden where that is no terminal."""
-    is_terminal = sys.stderr is not None and sys.stderr.isatty()
-    return click.progressbar(
-        length=length,
-        label=label,
-        file=sys.stderr,
-        hidden=not is_terminal,
-        item_show_func=lambda text: text,
-    )
-
-
-@cli.command("cross-validate", short_help="Errors over several splits.")
-@click.option(
-    "--splits",
-    callback=_names(SPLITS[:-1]),
-    metavar="NAMES",
-    help="Published splits to train and test on in turn.  [default: u1,u2,u3,u4,u5]",
-)
-@click.option(
-    "--folds", type=click.IntRange(2), help="Cut the ratings into this many, by --seed, instead."
-)
-@with_training_options
-@METRICS
-def cross_validate_command(splits, folds, where, recipe, given, seed, threads, metrics):
-    """Train and test on several splits, printing each one's error, the mean and the spread."""
-    check_usage(recipe, given, where)
+@command("cross-validate", "Data", "splits", "folds", "Training", "Recipe", "metrics")
+def cross_validate_command(splits, folds, metrics, **told):
+    """Train and test on several splits: each one's error, the mean and the spread."""
     if (n_processes := find_processes()[1]) > 1:
-        raise click.UsageError(f"cross-validate is of one process, not of {n_processes}.")
-    if folds and splits:
-        raise click.UsageError("--splits and --folds do not go together.")
-    start(threads, (metrics,))
-    found = read(**read_options(where), notice=_notice)
-
-    import data
-
+        raise Usage(f"cross-validate is of one process, not of {n_processes}.")
+    check_names("--splits", splits, data.PUBLISHED_SPLITS)
+    source, rows = start(told, metrics), []
+    parts = zip(splits, (data.split(source.ratings, name) for name in splits), strict=True)
     if folds:
-        cuts = enumerate(data.fold(found.ratings, folds, seed=seed), 1)
-        parts = ((f"{number}/{folds}", frames) for number, frames in cuts)
-    else:
-        splits = splits or ("u1", "u2", "u3", "u4", "u5")
-        parts = ((name, data.split(found.ratings, name)) for name in splits)
-    rows = []
+        names = [f"{number + 1}/{folds}" for number in range(folds)]
+        parts = zip(names, data.fold(source.ratings, folds, seed=told["seed"]), strict=True)
+    say_once, errors = cache(notice), ("mse", "rmse", "mae")
+    say(" fold | test_rmse | test_mae |    time")
     for name, (ratings, test) in parts:
-        if not rows:  # not before the first cut, which may fail
-            click.echo(" fold | test_rmse | test_mae |    time")
-        part = found._replace(ratings=ratings, test=test)
-        training = set_up(part, recipe=recipe, seed=seed, notice=_notice, **given)
-        scale = find_scale(training.clip)
-        if unseen := describe_unseen(training.task):
-            _notice(f"{name}: {unseen}")
-        seconds = 0.0
-        options = {"options": training.options, "seed": seed, "clip": training.clip}
-        for _, row in fit(training.task, **options):
-            seconds += row["seconds"]
-        errors = {each: row[each] for each in ("mse", "rmse", "mae")}
-        baselines = training.figures["baselines"]
-        rows.append({"fold": name, **errors, "seconds": seconds, "baselines": baselines})
-        cells = (f"{format_number(row[n], scale):>{width}}" for n, width in COLUMN_WIDTHS[2:])
-        click.echo(f"{name:>5} | {' | '.join(cells)} | {seconds:5.2f} s")
-    names = ("recipe", "dataset", "seed", "options")
-    figures = {name: training.figures[name] for name in names} | {"folds": rows}
+        part = source._replace(ratings=ratings, test=test)
+        figures = train_model(prepare(part, **choose_task(told), notice=say_once)).figures
+        row = {"fold": name, "seconds": figures["fit_seconds"]}
+        rows.append(row | choose(figures, *errors, "baselines"))
+        cells = f"{figures['rmse']:#9.4g} | {figures['mae']:#8.4g}"
+        say(f"{name:>5} | {cells} | {row['seconds']:5.2f} s")
+    figures = choose(figures, "recipe", "dataset", "seed", "options") | {"folds": rows}
+    figures["fit_seconds"] = sum(row["seconds"] for row in rows)
     figures["baselines"] = {
         name: {
             each: statistics.mean(row["baselines"][name][each] for row in rows) for each in errors
         }
-        for name in baselines
+        for name in rows[0]["baselines"]
     }
-    parts = []
-    for name in ("rmse", "mae"):
+    cells = []
+    for name in errors[1:]:
         values = [row[name] for row in rows]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         figures |= {name: statistics.mean(values), f"{name}_std": spread}
-        both = (format_number(value, scale) for value in (figures[name], spread))
-        parts.append(f"{name} {' +- '.join(both)}")
-    figures["fit_seconds"] = sum(row["seconds"] for row in rows)
-    click.echo(f"{', '.join(parts)} over {len(rows)} folds")
-    for line in describe_baselines(figures["baselines"], training.clip):
-        _notice(line)
-    warn_if_worse(figures, figures["baselines"]["averages"])
-    if metrics is not None:
-        save_json(metrics, figures)
+        cells.append(f"{name} {figures[name]:#.4g} +- {spread:#.2g}")
+    for line in describe_baselines(figures):
+        notice(line)
+    conclude(f"{', '.join(cells)} over {len(rows)} folds", figures, metrics)
 
 
-@cli.command("lr-find", short_help="Suggest an --lr-max.")
-@with_split_options
-@with_training_options
-@click.option("--plot", "plot_to", **PICTURE, help="Draw the curve.")
-@JSON
-def lr_find_command(where, recipe, given, threads, test, plot_to, as_json, **settings):
-    """Suggest an --lr-max: fastai's range test, one short run at a growing learning rate."""
-    for name in ("epochs", "lr_max", "ensemble"):
-        if given[name] is not None:
-            raise click.UsageError(f"--{name.replace('_', '-')} changes nothing here.")
-    parts = {name: settings[name] for name in ("split", "holdout")}
-    check_usage(recipe, given, where, (plot_to,), **parts, test=test)
-    start(threads, (plot_to,))
-    found = read(**read_options(where), test=test, notice=_notice)
-    curve = find_lr(set_up(found, recipe=recipe, **settings, **given))
-    if plot_to is not None:
-        picture(plot_to, plot_lr(curve))
-    if as_json:
-        return echo_json(curve)
-    click.echo("valley   {valley:.2g}\nsteepest {steepest:.2g}".format_map(curve))
+@command("lr-find", "Data", "Split", "Training", "Recipe", "plot", "json")
+def lr_find_command(plot, **told):
+    """Suggest an --lr-max: one short run at a growing learning rate, fastai's range test."""
+    if used := choose({n: v for n, v in told.items() if v}, "epochs", "lr_max", "ensemble"):
+        raise Usage(f"{', '.join(used)}: that changes nothing here.")
+    check_paths([], plot, endings=PICTURES)
+    curve = find_lr(prepare(start(told, plot), **choose_task(told)))
+    if plot is not None:
+        write_picture(plot, plot_lr(curve))
+    return curve, [f"{name:8} {curve[name]:.2g}" for name in ("valley", "steepest")]
 
 
-def save_json(path, figures):
-    import data
-
-    data.write_file(path, (json.dumps(figures, indent=1, allow_nan=False) + "\n").encode())
-
-
-def echo_json(value):
-    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
-
-
-def check_known(saved, frame, path, columns):
-    """ValueError for an unknown id in a file of ratings, with the line, which its frame has not."""
-    import data
-
-    try:
-        find_rows(saved, frame, source=path)
-    except ValueError:
-        for pairs in data.read_pairs(path, columns=columns) if path.is_file() else ():
-            find_rows(saved, pairs, source=path)
-        raise
+@command("info", "MODEL", "json")
+def info_command(path):
+    """What a saved model was trained on, with which options, and its figures."""
+    trained = load_model(path)
+    tables, told = trained.tensors["tables"], dict(trained.figures)
+    del told["epochs"]
+    told |= {"rating_range": list(trained.clip), "has_titles": trained.about["titles"] is not None}
+    told |= {"n_members": len(tables), "n_parameters": tables.numel()}
+    lines = []
+    for name, value in (told | told["options"]).items():
+        value = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+        value = f"{value:.4g}" if isinstance(value, float) else value
+        lines.append(f"{name:16} {value}")
+    return told, lines
 
 
-@cli.command("evaluate", short_help="Errors and ranking of a saved model.")
-@MODEL
-@click.option("--ratings", type=FILE, help="On this table, not on the test part of the training.")
-@packed("columns", COLUMN_OPTIONS)
-@click.option(
-    "--ranking", is_flag=True, help="How well the top of each user's list is chosen, too."
-)
-@click.option("-k", "k", type=click.IntRange(1), help="Length of that top.  [default: 10]")
-@click.option(
-    "--min-rating",
-    type=float,
-    callback=_finite,
-    help="The least rating of an item to be looked for in it.  [default: any]",
-)
-@ALLOW_UNKNOWN
-@click.option(
-    "--allow-overlap", is_flag=True, help="Pairs that the model was trained on may occur."
-)
-@JSON
-def evaluate_command(path, ratings, columns, ranking, k, min_rating, as_json, **allowed):
-    """Print a saved model's error on the test part of its training, or on other ratings."""
-    for name, value in (("-k", k), ("--min-rating", min_rating)):
-        if value is not None and not ranking:
-            raise click.UsageError(f"{name} goes with --ranking.")
-    if ratings is None:
-        refuse_columns(columns, "--ratings")
-
-    import data
-
-    saved, frame = load_model(path), None
+@command("evaluate", "MODEL", "ratings", *COLUMN_OPTIONS, *RANKING, *ALLOWED, "json")
+def evaluate_command(path, ratings, ranking, k, min_rating, **told):
+    """A saved model's error on the test part of its training, or on other ratings."""
+    trained, frame, columns = load_model(path), None, choose_columns(told)
+    if ratings is None and columns:
+        raise Usage("the options of columns go with --ratings.")
     if ratings is not None:
-        columns = choose_columns(columns)
         frame = data.drop_repeats(data.read_ratings(ratings, columns=columns))
-        if not allowed["allow_unknown"]:
-            check_known(saved, frame, ratings, columns)
-    figures = evaluate(
-        saved,
-        frame,
-        source=str(ratings),
-        k=(k or 10) if ranking else None,
-        min_rating=min_rating,
-        **allowed,
-    )
-    if as_json:
-        return echo_json(figures)
-    place = str(ratings) if ratings is not None else describe_test(saved.figures)
-    errors = format_errors(figures, saved.clip)
-    click.echo(f"{errors} on {figures['n_test']:,} ratings of {place}")
+        if not told["allow_unknown"] and ratings.is_file():  # again, for its lines
+            scan, locate = data.scan_pairs(ratings, columns=columns)
+            find_columns(trained, scan.drop("timestamp", strict=False).collect(), locate=locate)
+    figures = evaluate(trained, frame, **choose(told, "allow_unknown", "allow_overlap"))
+    place = ratings or describe_test(trained.figures)
+    lines = [f"{format_errors(figures)} on {figures['n_test']:,} ratings of {place}"]
     if ranking:
-        line = (
-            "precision {precision:.4f}, recall {recall:.4f}, ndcg {ndcg:.4f}, "
-            "hit rate {hit_rate:.4f} at {k} over {n_users:,} users"
-        )
-        click.echo(line.format_map(figures))
+        figures |= {"k": k} | rank(trained, frame, k=k, min_rating=min_rating)
+        line = "precision {precision:.4f}, recall {recall:.4f}, ndcg {ndcg:.4f}, "
+        line += "hit rate {hit_rate:.4f} at {k} over {n_users:,} users"
+        lines.append(line.format_map(figures))
+    return figures, lines
 
 
-@cli.command("predict", short_help="Ratings of one pair or of many.")
-@MODEL
-@click.option("--user", help="Its id.")
-@click.option("--item", help="Its id, or a part of its title that no other has.")
-@click.option("--pairs", type=FILE, help="Instead: a table of user, item[, time], of any length.")
-@packed("columns", COLUMN_OPTIONS)
-@click.option("--output", **TABLE, metavar="FILE.csv|.tsv|.parquet", help="For --pairs.")
-@ALLOW_UNKNOWN
-@JSON
-def predict_command(path, user, item, pairs, columns, output, allow_unknown, as_json):
-    """Print the rating that a user will give an item, or write those of a table of pairs."""
-    if pairs is None and (user is None or item is None):
-        raise click.UsageError("Give --user and --item, or --pairs and --output.")
-    if pairs is not None and (output is None or user is not None or item is not None):
-        raise click.UsageError("--pairs goes with --output, not with --user and --item.")
-    if pairs is None:
-        if output is not None:
-            raise click.UsageError("--output goes with --pairs.")
-        refuse_columns(columns, "--pairs")
-        return predict_one(load_model(path), user, item, allow_unknown, as_json=as_json)
-
-    import data
-
-    check_paths((path, pairs), (output,))
-    data.check_writable(output)
-    saved, n_pairs = load_model(path), 0
-    frames = data.read_pairs(pairs, columns=choose_columns(columns))
-
-    def counted():
-        nonlocal n_pairs
-        for frame in predict_pairs(saved, frames, source=pairs, allow_unknown=allow_unknown):
-            n_pairs += len(frame)
-            yield frame
-
-    data.write_frames(output, counted())
-    if as_json:
-        return echo_json({"n_pairs": n_pairs, "output": str(output)})
-    click.echo(f"{n_pairs:,} predictions in {output}")
-
-
-def predict_one(saved, user, item, allow_unknown, *, as_json):
-    """`predict --user --item`."""
-    ids = []
-    for raw, raw_ids, find in (
-        (user, saved.user_ids, find_user),
-        (item, saved.item_ids, find_item),
-    ):
-        try:
-            ids.append(raw_ids[find(saved, raw)])
-        except ValueError:
-            if not allow_unknown:
-                raise
-            ids.append(raw)
-    (mean,), (deviation,) = predict(saved, *([each] for each in ids), allow_unknown=allow_unknown)
-    row = find_row(saved.item_ids, ids[1])
-    answer = {
-        "user": ids[0],
-        "item": ids[1],
-        "title": str(ids[1]) if row is None else find_title(saved, row),
-        "rating": mean.item(),
-        "deviation": deviation.item(),
-    }
-    if as_json:
-        return echo_json(answer)
-    values = [answer["rating"], *([answer["deviation"]] if len(saved.tables) > 1 else [])]
-    scale = find_scale(saved.clip)
-    numbers = " +- ".join(format_number(value, scale, 2) for value in values)
-    click.echo(f"{numbers} by {answer['user']} for {answer['title']}")
-
-
-@cli.command("recommend", short_help="The best items for a user, a new one, all.")
-@MODEL
-@click.option("--user", help="Its id.")
-@click.option(
-    "--rated",
-    metavar="FILE|ITEM:RATING,...",
-    help="Instead: the ratings of a new user, in a table of item, rating[, time] or as they are.",
+@command(
+    "predict", "MODEL", "user", "item", "pairs", *COLUMN_OPTIONS, "output", *ALLOWED[:1], "json"
 )
-@click.option("--all-users", is_flag=True, help="Instead: for every user, written to --output.")
-@packed("columns", COLUMN_OPTIONS)
-@click.option("--output", **TABLE, metavar="FILE.csv|.tsv|.parquet", help="For --all-users.")
-@NUMBER
-@click.option("--include-seen", is_flag=True, help="Items that the user has rated, too.")
-@JSON
-def recommend_command(path, user, rated, all_users, columns, output, n, include_seen, as_json):
-    """Print the items that a user will like best, of those that the user has not rated."""
-    if sum((user is not None, rated is not None, all_users)) != 1:
-        raise click.UsageError("Give one of --user, --rated and --all-users.")
+def predict_command(path, user, item, pairs, output, allow_unknown, **told):
+    """The rating that a user will give an item, or those of a table of pairs."""
+    columns, options = choose_columns(told), {"allow_unknown": allow_unknown}
+    if (user is None, item is None, output is not None) != (pairs is not None,) * 3:
+        raise Usage("give --user and --item, or --pairs and --output.")
+    check_paths([path, pairs], output, endings=TABLES)
+    trained, counts = load_model(path), []
+    if pairs is None:
+        return predict_one(trained, user, item, **options)
+    scan, locate = data.scan_pairs(pairs, columns=columns)
+
+    def answer(frame):
+        counts.append(len(frame))
+        found = predict(trained, frame, locate=lambda at: locate(frame["row"][at]), **options)
+        return found if len(trained.members) > 1 else found.drop("deviation")
+
+    write_answers(output, scan, answer)
+    value = {"n_pairs": sum(counts), "output": str(output)}
+    return value, ["{n_pairs:,} predictions in {output}".format_map(value)]
+
+
+def predict_one(trained: Model, user: str, item: str, *, allow_unknown: bool) -> tuple:
+    """What `predict --user --item` returns."""
+    row = find_rows(trained, "user", [user], allow_unknown=allow_unknown).item()
+    is_known = row < len(trained.ids.users)
+    asked = {"user": trained.ids.users[row] if is_known else user, "item": item, "title": item}
+    try:
+        rows = torch.tensor([find_item(trained, item)])
+        asked |= describe_items(trained, rows).row(0, named=True)
+    except ValueError:
+        if not allow_unknown:
+            raise
+    pairs = pl.DataFrame({name: [str(asked[name])] for name in ("user", "item")})
+    value = asked | predict(trained, pairs, allow_unknown=True)[:, 2:].row(0, named=True)
+    spread = f" +- {value['deviation']:#.2g}" if len(trained.members) > 1 else ""
+    return value, [f"{value['rating']:#.3g}{spread} by {value['user']} for {value['title']}"]
+
+
+def write_answers(path: Path, scan: pl.LazyFrame, answer) -> None:
+    """Write to a table what `answer` makes of the frames of a lazy one, a part at a time."""
+    schema = answer(scan.head(0).collect()).schema
+    answers = scan.map_batches(answer, schema=schema, streamable=True)
+    with data.replacing(path) as beside, open(beside, "wb") as file:  # which may have any name
+        if path.suffix.lower() == ".parquet":
+            answers.sink_parquet(file)
+        else:
+            answers.sink_csv(file, separator="\t" if path.suffix.lower() == ".tsv" else ",")
+
+
+@command("recommend", "MODEL", *WHOM, *COLUMN_OPTIONS, "output", "n", "include-seen", "json")
+def recommend_command(path, user, rated, all_users, output, n, include_seen, **told):
+    """The items that a user will like best, of those that the user has not rated."""
+    if (user is not None) + (rated is not None) + all_users != 1:
+        raise Usage("give one of --user, --rated and --all-users.")
     if all_users != (output is not None):
-        raise click.UsageError("--all-users and --output go together.")
-    if rated is None:
-        refuse_columns(columns, "--rated")
+        raise Usage("--all-users and --output go together.")
+    check_paths([path], output, endings=TABLES)
+    trained, options = load_model(path), {"n": n, "include_seen": include_seen}
     if all_users:
-        check_paths((path,), (output,))
-        return write_recommendations(path, output, n=n, include_seen=include_seen, as_json=as_json)
-    saved = load_model(path)
-    if rated is not None:
-        asked, rated = {"rated": rated}, read_rated(saved, rated, choose_columns(columns))
+
+        def answer(frame):
+            found = recommend(trained, frame["user"], **options)
+            return found if trained.about["titles"] else found.drop("title")
+
+        users = trained.ids.users.alias("user").to_frame()
+        write_answers(output, users.lazy(), answer)
+        value = {"n_users": len(users), "output": str(output)}
+        return value, [f"up to {n} items for each of {len(users):,} users in {output}"]
+    asked = {"rated": rated}
+    if rated is None:
+        asked = {"user": trained.ids.users[find_rows(trained, "user", [user]).item()]}
     else:
-        asked = {"user": saved.user_ids[find_user(saved, user)]}
-    found = recommend(saved, user, rated=rated, n=n, include_seen=include_seen)
-    if rated is not None:  # which may have been told by parts of titles
-        rows = (find_row(saved.item_ids, item) for item, *_ in rated)
-        _notice("rated: " + "; ".join(find_title(saved, row) for row in rows))
-    echo_items(found, asked, as_json=as_json, scale=find_scale(saved.clip))
+        rated = read_rated(trained, rated, choose_columns(told))
+        rows = [find_item(trained, item) for item in rated["item"]]
+        titles = describe_items(trained, torch.tensor(rows, dtype=torch.int64))["title"]
+        notice(f"rated: {'; '.join(titles)}")
+    found = recommend(trained, user, rated=rated, **options).select("item", "title", "rating")
+    return asked | {"items": found.to_dicts()}, format_frame(found)
 
 
-def write_recommendations(path, output, *, n, include_seen, as_json):
-    """`recommend --all-users`."""
-    import data
-
-    data.check_writable(output)
-    saved = load_model(path)
-
-    def shown():
-        with _progress(len(saved.user_ids), label="users") as bar:
-            for frame in recommend_all(saved, n=n, include_seen=include_seen):
-                yield frame
-                bar.update(frame["user"].n_unique())
-
-    data.write_frames(output, shown())
-    if as_json:
-        return echo_json({"n_users": len(saved.user_ids), "output": str(output)})
-    click.echo(f"up to {n} items for each of {len(saved.user_ids):,} users in {output}")
-
-
-def read_rated(saved, text, columns):
-    """A new user's ratings from `--rated`: a list of (item, rating[, timestamp]).
+def read_rated(trained: Model, text: str, columns: dict) -> pl.DataFrame:
+    """A new user's ratings from `--rated`: a frame of item, rating[, timestamp].
 
     A file has ids; what is typed may be parts of titles.
     """
     if os.path.exists(text):  # False, not OSError, where the text is too long for a name
-        import data
-
-        rated = list(data.read_rated(Path(text), columns=columns).iter_rows())
-        for item, *_ in rated:
-            if find_row(saved.item_ids, item) is None:
-                raise ValueError(f"{text}: no item {str(item)!r} in the model")
-        return rated
-    rated = []
-    for pair in text.split(","):
-        item, _, rating = (part.strip() for part in pair.rpartition(":"))
-        try:
-            rated.append((item, float(rating)))
-        except ValueError:
-            item = ""
-        if not item:
-            raise ValueError(f"--rated {text}: neither a file nor ITEM:RATING,ITEM:RATING")
-    return [(saved.item_ids[find_item(saved, item)], rating) for item, rating in rated]
+        frame = data.read_rated(Path(text), columns=columns)
+        find_rows(trained, "item", frame["item"], locate=lambda _: text)
+        return frame
+    items, _, ratings = zip(*(pair.rpartition(":") for pair in text.split(",")), strict=True)
+    ratings = pl.Series(ratings).str.strip_chars().cast(pl.Float32, strict=False)
+    if ratings.null_count() or not all(map(str.strip, items)):
+        raise ValueError(f"--rated {text}: neither a file nor ITEM:RATING,ITEM:RATING")
+    return pl.DataFrame({"item": [item.strip() for item in items], "rating": ratings})
 
 
-def echo_items(found, asked, *, as_json, scale=0):
-    """Print items (NamedTuples) as a table with the title last; as JSON with what was asked.
-
-    `scale` is that of the numbers, for `format_number`.
-    """
-    if as_json:
-        return echo_json(asked | {"items": [each._asdict() for each in found]})
-    if not found:
-        return _notice("no item is left")
-    lines = [[name for name in type(found[0])._fields if name != "title"] + ["title"]]
-    for each in found:
-        values = [value for name, value in each._asdict().items() if name != "title"]
-        cells = [
-            format_number(value, scale, 3) if isinstance(value, float) else f"{value}"
-            for value in values
-        ]
-        lines.append([*cells, each.title])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for *cells, title in lines:
-        cells = (cell.rjust(width) for cell, width in zip(cells, widths, strict=False))
-        click.echo(" | ".join([*cells, title]))
+@command("similar", "MODEL", "item", "n", "json", required="item")
+def similar_command(path, item, n):
+    """The items most like one, by the cosine of their factors."""
+    trained = load_model(path)
+    asked = describe_items(trained, torch.tensor([find_item(trained, item)])).row(0, named=True)
+    found = find_similar(trained, asked["item"], n=n)
+    return asked | {"items": found.to_dicts()}, format_frame(found)
 
 
-@cli.command("similar", short_help="Items like one.")
-@MODEL
-@click.option("--item", required=True, help="Its id, or a part of its title that no other has.")
-@NUMBER
-@JSON
-def similar_command(path, item, n, as_json):
-    """Print the items most like one, by the cosine of their factors."""
-    saved = load_model(path)
-    row = find_item(saved, item)
-    asked = {"item": saved.item_ids[row], "title": find_title(saved, row)}
-    echo_items(find_similar(saved, asked["item"], n=n), asked, as_json=as_json)
+@command("interpret", "MODEL", "n", "json")
+def interpret_command(path, n):
+    """The items liked most and least, whoever rates: those of the highest and lowest bias."""
+    items = interpret(load_model(path))
+    parts, lines = {"most": items.head(n), "least": items.reverse().head(n)}, []
+    for name, part in parts.items():
+        lines += [f"liked {name}:", *format_frame(part)]
+    return {name: part.to_dicts() for name, part in parts.items()}, lines
 
 
-@cli.command("info", short_help="What a saved model is.")
-@MODEL
-@JSON
-def info_command(path, as_json):
-    """Print what a saved model was trained on, with which options, and its figures."""
-    told = describe_model(load_model(path))
-    if as_json:
-        return echo_json(told)
-    for name, value in (told | told.pop("options")).items():
-        value = f"{value:.4g}" if isinstance(value, float) else value
-        text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
-        click.echo(f"{name:16} {text}")
-
-
-@cli.command("interpret", short_help="The items liked most and least.")
-@MODEL
-@NUMBER
-@click.option("--output", **PICTURE, help="Draw them, too.")
-@JSON
-def interpret_command(path, n, output, as_json):
-    """Print the items liked most and least, whoever rates: those of the highest and lowest bias."""
-    check_paths((path,), (output,))
-    saved = load_model(path)
-    most, least = interpret(saved, n=n)
-    if output is not None:
-        picture(output, plot_likings(most[:50], least[:50]))
-    if as_json:
-        parts = {"most": most, "least": least}
-        return echo_json({name: [each._asdict() for each in part] for name, part in parts.items()})
-    for name, part in (("most", most), ("least", least)):
-        click.echo(f"liked {name}:")
-        echo_items(part, {}, as_json=False, scale=find_scale(saved.clip))
-
-
-@cli.command("map", short_help="A picture of the items.")
-@MODEL
-@click.option("--output", **PICTURE, required=True)
+@command("map", "MODEL", "output", required="output")
 def map_command(path, output):
     """Draw the items by the first two principal components of their factors."""
-    check_paths((path,), (output,))
-    picture(output, plot_map(load_model(path)))
+    check_paths([path], output, endings=PICTURES)
+    write_picture(output, plot_map(load_model(path)))
 
 
-@cli.command("plot", short_help="A picture of trainings.")
+@command("plot", "output", required="output")
 @click.argument("paths", metavar="FILE.json...", nargs=-1, required=True, type=FILE)
-@click.option("--output", **PICTURE, required=True)
 def plot_command(paths, output):
     """Draw the learning curves and schedules of trainings from their --metrics files."""
+    check_paths(paths, output, endings=PICTURES)
     is_plain = len({path.stem for path in paths}) == len(paths)
-    names = [path.stem if is_plain else str(path) for path in paths]
-    picture(output, plot_runs([(n, read_metrics(p)) for n, p in zip(names, paths, strict=True)]))
+    runs = [(path.stem if is_plain else str(path), read_metrics(path)) for path in paths]
+    write_picture(output, plot_runs(runs))
 
 
-def read_metrics(path):
+def read_metrics(path: Path) -> dict:
     """What `train --metrics` wrote. ValueError, naming the file, for anything else."""
-    try:
+    with refusing(path, "training's figures"):
         figures = json.loads(path.read_bytes())
-        epochs = [
-            [row[name] for name in ("epoch", "mse", "train_loss")] for row in figures["epochs"]
-        ]
-        names = ("batch_size", "drop_last", "epochs", "lr_max")
-        options = [figures["options"][name] for name in names]
-        for number in (*options, figures["n_train"], *(value for row in epochs for value in row)):
-            if not abs(number) < LARGEST:
-                raise ValueError(f"{number} is out of range")
-        if not epochs:
-            raise ValueError("no epochs")
-        for count in (figures["n_train"], figures["options"]["epochs"], options[0]):
-            if not isinstance(count, int) or not 0 < count < 2**53:
-                raise ValueError(f"{count} is no number of ratings or epochs")
-    except OSError as error:
-        raise OSError(f"{path}: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
-        why = f"no {error}" if isinstance(error, LookupError) else error
-        raise ValueError(f"{path}: not the figures of a training: {why}") from None
+        rows = [[row[n] for n in ("epoch", "mse", "train_loss")] for row in figures["epochs"]]
+        check_numbers([0.0 + number for row in rows for number in row])
+        check_numbers(figures["options"]["lr_max"] / len(rows))
     return figures
 
 
-def main():
-    """Run the command line; whatever a user can cause ends in one line, with no traceback."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-done is undone
+def main() -> int:
+    """Run the command line, to an exit status; what a user can cause ends in one line."""
+    status = 1
     try:
         cli(standalone_mode=False)
+        return 0
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except click.ClickException as error:
-        _notice(f"Error: {error.format_message()}")
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        _notice("interrupted")
-        sys.exit(130)
+        status, line = error.exit_code, error.format_message()
     except OSError as error:
-        name = f"{error.filename}: " if error.filename else ""
-        _notice(f"Error: {name}{error.strerror or error}")
-        sys.exit(1)
+        line = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except ValueError as error:
-        _notice(f"Error: {error}")
-        sys.exit(1)
+        line = str(error)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
-        click.echo("Error: not enough memory for these options", err=True)  # of any process
-        sys.exit(1)
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on it ends the program at once
+        line = "not enough memory for these options"
+    notice(f"Error: {line}")
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    os._exit(main())  # at once: nothing waits for a thread, or for what can't be written any more

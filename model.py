@@ -48,9 +48,8 @@ def init_params(
     Cut means `fmod(2)`: a draw beyond two deviations is wrapped towards zero, not drawn again.
     (`torch.nn.init.trunc_normal_(std=0.01)` would cut nothing: its bounds are absolute.)
     """
-    for name, count in (("n_users", n_users), ("n_items", n_items), ("n_factors", n_factors)):
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, not {count}")
+    if min(n_users, n_items, n_factors) < 1:
+        raise ValueError(f"cannot make {n_users} x {n_items} rows of {n_factors} factors")
     outputs = () if n_outputs == 1 else (n_outputs,)
     shapes = (n_users, n_factors), (n_items, n_factors), (n_users, *outputs), (n_items, *outputs)
     draws = (torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
@@ -96,18 +95,17 @@ def bounded(low: float, high: float, *, mean: float | None = None, unit: float =
 
     At z = 0 the prediction is `mean`, the middle of `y_range` unless given: that makes z0. With a
     `unit` that goes with the ratings, such as their deviation, training is the same at any scale.
-    ValueError for a mean outside of `y_range`, and for an empty one.
+    ValueError unless low < mean < high.
     """
-    span = high - low
-    if not span > 0:
-        raise ValueError(f"y_range {low:g} to {high:g} is empty")
-    share = 0.5 if mean is None else (mean - low) / span
-    if not 0 < share < 1:
+    mean = (low + high) / 2 if mean is None else mean
+    if not low < mean < high:
         raise ValueError(f"the mean {mean:g} is not between {low:g} and {high:g}")
-    base = math.log(share / (1 - share))
+    span = high - low
+    share = (mean - low) / span
+    z0 = math.log(share / (1 - share))
 
     def squash(z: Tensor) -> Tensor:
-        return torch.sigmoid(z + base if base else z)
+        return torch.sigmoid(z + z0 if z0 else z)
 
     def predict(z: Tensor) -> Tensor:
         return squash(z) * span + low
@@ -139,10 +137,9 @@ def ordinal(levels: Sequence[float], shares: Sequence[float]) -> Head:
     equations 1 to 4, with biases of users and items in place of the global ones; unlike theirs,
     these do not force the Q probabilities into order.
     """
-    if len(levels) < 3 or len(shares) != len(levels) - 1 or list(levels) != sorted(set(levels)):
+    fit = len(levels) == len(shares) + 1 > 2 and list(levels) == sorted(set(levels))
+    if not fit or not all(0 < share < 1 for share in shares):
         raise ValueError(f"levels {list(levels)} and shares {list(shares)} do not fit")
-    if not all(0 < share < 1 for share in shares):
-        raise ValueError(f"shares must be in (0, 1), not {list(shares)}")
     share = torch.tensor(shares, dtype=torch.float64)
     base, lower = share.logit(), torch.tensor(levels[:-1], dtype=torch.float64)
     gaps = torch.tensor(levels, dtype=torch.float64).diff()
@@ -229,29 +226,25 @@ def predict(
     Source: Koren, Bell & Volinsky 2009, "Matrix factorization techniques for recommender systems",
     equation 4; the sigmoid is fastai's.
     """
-    if context is not None and users.dim() != 1:
-        raise ValueError(f"with context, users must be (B,), not {tuple(users.shape)}")
-    user_bias, item_bias = params.user_bias[users], params.item_bias[items]
-    if users.dim() == 2 and users.shape[1] == 1 and items.dim() == 1:
-        dot = params.user_factors[users[:, 0]] @ params.item_factors[items].T
-    else:
-        p = params.user_factors[users]
-        if context is not None:
-            p = p + context @ params.user_factors[-context.shape[1] :]
-            user_bias = user_bias + context @ params.user_bias[-context.shape[1] :]
-        dot = (p * params.item_factors[items]).sum(-1)
-    if head.n_outputs > 1:
-        dot = dot.unsqueeze(-1)
-    return head.predict(dot + user_bias + item_bias)
+    p, user_bias = params.user_factors[users], params.user_bias[users]
+    q, item_bias = params.item_factors[items], params.item_bias[items]
+    if context is not None:
+        if users.dim() != 1:
+            raise ValueError(f"with context, users must be (B,), not {tuple(users.shape)}")
+        p = p + context @ params.user_factors[-context.shape[1] :]
+        user_bias = user_bias + context @ params.user_bias[-context.shape[1] :]
+    is_matrix = users.dim() == 2 and users.shape[1] == 1 and items.dim() == 1
+    dot = p[:, 0] @ q.T if is_matrix else (p * q).sum(-1)
+    return head.predict((dot if head.n_outputs == 1 else dot.unsqueeze(-1)) + user_bias + item_bias)
 
 
-def predict_all(members: Sequence[Params], users: Tensor, *, head: Head) -> Tensor:
-    """Predicted ratings of every item for `users` (B,): (B, n_items), the mean over the members."""
-    items = torch.arange(len(members[0].item_factors))
+def predict_all(members: Sequence[Params], users: Tensor, *, n_items: int, head: Head) -> Tensor:
+    """Predicted ratings of the first `n_items` items for `users` (B,), the mean of the members."""
+    items = torch.arange(n_items)
     total = predict(members[0], users.unsqueeze(1), items, head=head)
     for params in members[1:]:
         total += predict(params, users.unsqueeze(1), items, head=head)
-    return total.div_(len(members)) if len(members) > 1 else total
+    return total.div_(len(members))
 
 
 @torch.inference_mode()  # a fifth less of a small batch's time; nothing here is differentiated
@@ -261,21 +254,18 @@ def loss_and_grad(
     items: Tensor,
     ratings: Tensor,
     context: Tensor | None = None,
+    kept: Tensor | None = None,
     *,
     n_users: int,
     head: Head,
-    dropout: float = 0.0,
-    generator: torch.Generator | None = None,
-    rand: Callable[..., Tensor] = torch.rand,
 ) -> tuple[Tensor, list[Tensor]]:
     """The head's loss of a batch, and its gradient, derived by hand.
 
     `params` is one table, as `join` makes it, with `n_users` rows of users; so is the gradient.
     `users` and `items` int64 (B,), `ratings` (B,), `context` (B, J) or None, for which the last J
     of the users' rows are. With dz the head's d loss / dz, a row's biases get the sum of dz over
-    its pairs, its factors the sum of dz times the other side's factors. `dropout` is the share of
-    the K products of each pair left out of its dot product, drawn from `generator` by `rand`,
-    called as `torch.rand`; the rest is scaled up.
+    its pairs, its factors the sum of dz times the other side's factors. `kept` (B, K) scales the
+    products of each pair's dot product: see `with_dropout`.
 
     Any other shape is a ValueError and never broadcast: (B,) against (B, 1) would average over
     B x B pairs, which trains the biases alone and looks like a result.
@@ -291,16 +281,13 @@ def loss_and_grad(
     if context is not None:
         moments = slice(n_users - context.shape[1], n_users)
         pairs[0].addmm_(context, table[moments])
-    p, user_bias = pairs[0].tensor_split([n_factors], 1)
-    q, item_bias = pairs[1].tensor_split([n_factors], 1)  # (B, K), (B, Q)
-    if dropout:
-        # Half the time of bernoulli_.
-        kept = rand(q.shape, generator=generator, dtype=q.dtype).ge_(dropout).div_(1 - dropout)
+    (p, q), (user_bias, item_bias) = pairs.tensor_split([n_factors], 2)  # (B, K), (B, Q)
+    if kept is not None:
         p *= kept
     z = (p * q).sum(1, keepdim=True) + user_bias + item_bias
     loss, dz = head.loss_and_grad(z if head.n_outputs > 1 else z.view(-1), ratings)
     dz = dz.view(z.shape)
-    if dropout:
+    if kept is not None:
         q *= kept
     # A side's gradient is a multiple of the other side's rows: made where these are, summed there.
     grads = pairs.mul_(dz if head.n_outputs == 1 else dz.sum(1, keepdim=True))
@@ -311,31 +298,39 @@ def loss_and_grad(
     return loss, [grad]
 
 
+def with_dropout(
+    loss_and_grad: Callable, *, dropout: float, n_factors: int, generator: torch.Generator
+) -> Callable:
+    """`loss_and_grad` with a share `dropout` of the products of each pair's dot product left out.
+
+    Those left are scaled up by 1 / (1 - dropout). They are drawn from `generator` anew for each
+    batch, the whole of it, so wrap what `train.share` has made, not the other way round.
+    """
+
+    def dropped(params: Sequence[Tensor], *batch: Tensor) -> tuple[Tensor, list[Tensor]]:
+        shape, dtype = (len(batch[0]), n_factors), params[0].dtype
+        # Half the time of bernoulli_.
+        kept = torch.rand(shape, generator=generator, dtype=dtype).ge_(dropout).div_(1 - dropout)
+        return loss_and_grad(params, *batch, kept=kept)
+
+    return dropped
+
+
 # Unknown and new users and items
 
 
-def fill_unseen(params: Params, seen_users: Tensor, seen_items: Tensor) -> Params:
-    """Give each row of which training told nothing the mean of the other rows of its table.
+def add_average(params: Params, seen_users: Tensor, seen_items: Tensor) -> Params:
+    """Rows for what training told nothing of: the mean of the seen rows of their table.
 
-    An unseen user then is an average user, an unseen item an average item. `seen_users` bool
-    (n_users,), `seen_items` bool (n_items,); rows beyond these are left alone.
-    """
-    tables = []
-    for table, seen in zip(params, (seen_users, seen_items) * 2, strict=True):
-        tables.append(table.clone())
-        tables[-1][: len(seen)][~seen] = table[: len(seen)][seen].mean(0)
-    return Params(*tables)
-
-
-def append_average(params: Params, seen_users: Tensor, seen_items: Tensor) -> Params:
-    """A row behind the users' and one behind the items': the mean of those seen, for unknown ids.
-
-    As `fill_unseen` does for rows that are there; rows beyond the users' stay behind.
+    That is each row not seen, by `seen_users` bool (n_users,) and `seen_items` bool (n_items,), and
+    one more for unknown ids, at index n_users behind the users and n_items behind the items. Rows
+    beyond the users', of features of a moment, stay last.
     """
     tables = []
     for table, seen in zip(params, (seen_users, seen_items) * 2, strict=True):
         own, rest = table.split([len(seen), len(table) - len(seen)])
         tables.append(torch.cat([own, own[seen].mean(0, keepdim=True), rest]))
+        tables[-1][: len(seen)][~seen] = tables[-1][len(seen)]
     return Params(*tables)
 
 
@@ -346,16 +341,23 @@ class Prior(NamedTuple):
     variance: Tensor  # (K + Q,)
 
 
-def find_prior(factors: Tensor, bias: Tensor, *, width: float) -> Prior:
-    """The `Prior` that the rows of trained users show: `factors` (n, K), `bias` (n,) or (n, Q).
+def find_prior(
+    rows: Params, users: Tensor, *, width: float, implicit: tuple[Tensor, Tensor] | None = None
+) -> Prior:
+    """The `Prior` that trained users, rows `users` int64 (n,) of the tables `rows`, show.
 
     Their mean; as variance `width` times theirs, one for all factors and one for each bias. A width
-    above 1 is for that trained rows are shrunk themselves.
+    above 1 is for that trained rows are shrunk themselves. Where a part of a user's row is made of
+    the items that the user rated, `implicit` has that part of each row, (n_users, K + Q), and of
+    the new user's, (K + Q,): the variance is of the rest.
     """
-    rows = torch.cat([factors, bias.reshape(len(bias), -1)], 1).double()
-    variance = rows.var(0, correction=0)
-    variance[: factors.shape[1]] = variance[: factors.shape[1]].mean()
-    return Prior(rows.mean(0), variance * width + 1e-12)
+    bias = rows.user_bias[users]
+    own = torch.cat([rows.user_factors[users], bias.view(len(bias), -1)], 1)
+    own = own if implicit is None else own - implicit[0][users]
+    mean, variance = own.double().mean(0), own.double().var(0, correction=0)
+    n_factors = rows.user_factors.shape[1]
+    variance[:n_factors] = variance[:n_factors].mean()
+    return Prior(mean if implicit is None else mean + implicit[1], variance * width + 1e-12)
 
 
 def fold_in(
@@ -375,24 +377,21 @@ def fold_in(
         argmin_x  N loss(z(x), ratings) / noise + sum_k (x_k - mean_k)^2 / (2 variance_k)
 
     with z(x)_i = p . q_i + b + item_bias_i. `noise` is 1 for `ordinal`, and for `bounded` twice the
-    mean squared error of predictions, such as the loss in training. Were the predictions linear in
-    x, as they nearly are, this would be a ridge problem: K + Q equations. These are solved exactly
-    with the slope at the current x, until x stands still (Newton's method with the expected
-    curvature, its step halved while the sum rises), for 50 steps at most. For `bounded`, of which
-    the sum may have several minima, it is one of these. No rating: the prior's mean.
+    mean squared error of predictions, such as the loss in training. It is found by at most 50 steps
+    of Newton's method with the expected curvature, K + Q equations each, a step halved while the
+    sum rises; where `bounded` has several minima it is one of them. No rating: the prior's mean.
     Source: the user's half of alternating least squares, Zhou et al. 2008, "Large-scale parallel
     collaborative filtering for the Netflix prize", section 3, with a prior from the other users.
     """
-    n_factors, n_outputs, scale = item_factors.shape[1], head.n_outputs, len(ratings) / noise
     item_bias, ratings, precision = item_bias.double(), ratings.double(), 1 / prior.variance
     # A line for each z: d z / d x.
-    each = torch.eye(n_outputs, dtype=torch.float64).repeat(len(ratings), 1)
-    design = torch.cat([item_factors.double().repeat_interleave(n_outputs, 0), each], 1)
+    each = torch.eye(head.n_outputs, dtype=torch.float64).repeat(len(ratings), 1)
+    design = torch.cat([item_factors.double().repeat_interleave(head.n_outputs, 0), each], 1)
 
     def posterior(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z = (design @ x).view(item_bias.shape) + item_bias
         loss, dz = head.loss_and_grad(z, ratings)
-        away = x - prior.mean
+        away, scale = x - prior.mean, len(ratings) / noise
         slope = design.T @ dz.reshape(-1) * scale + precision * away
         return loss * scale + (precision * away.square()).sum() / 2, slope, z
 
@@ -406,11 +405,37 @@ def fold_in(
         x = x - step
         if step.abs().max() < 1e-6:
             break
-    bias = x[n_factors:] if n_outputs > 1 else x[n_factors]
-    return x[:n_factors].to(item_factors), bias.to(item_factors)
+    factors, bias = x.to(item_factors).tensor_split([item_factors.shape[1]])
+    return factors, bias.view(item_bias.shape[1:])
 
 
-# Similar items, components
+def add_user(
+    rows: Params,
+    items: Tensor,
+    ratings: Tensor,
+    *,
+    prior: Prior,
+    head: Head,
+    noise: float = 1.0,
+    context: Tensor | None = None,
+) -> Params:
+    """`rows` with one user in place of theirs: who gave `ratings` (N,) to `items` (N,), int64.
+
+    By `fold_in`. `context` (N, J) has features of each rating, as in `predict`, whose rows stay the
+    last J.
+    """
+    factors, bias = rows.item_factors[items], rows.item_bias[items]
+    n_rest = 0 if context is None else context.shape[1]
+    rest = [table[len(table) - n_rest :] for table in (rows.user_factors, rows.user_bias)]
+    if context is not None:  # it adds to the user's row; here it is a part of what the item is
+        dot = ((context @ rest[0]) * factors).sum(1)
+        bias = bias + context @ rest[1] + (dot.unsqueeze(1) if head.n_outputs > 1 else dot)
+    found = fold_in(factors, bias, ratings, prior=prior, head=head, noise=noise)
+    factors, bias = (torch.cat([x.unsqueeze(0), r]) for x, r in zip(found, rest, strict=True))
+    return rows._replace(user_factors=factors, user_bias=bias)
+
+
+# Similar items, components, likings
 
 
 def find_similar(item_factors: Sequence[Tensor], item: int) -> Tensor:
@@ -419,25 +444,34 @@ def find_similar(item_factors: Sequence[Tensor], item: int) -> Tensor:
     `item_factors` has one (n_items, K) for each model of an ensemble, since their factors have
     nothing to do with each other. Factors of length zero are like nothing: 0.
     """
-    cosines = []
-    for factors in item_factors:
-        unit = torch.nn.functional.normalize(factors, dim=1)
-        cosines.append(unit @ unit[item])
-    return torch.stack(cosines).mean(0)
+    units = (torch.nn.functional.normalize(factors, dim=1) for factors in item_factors)
+    return torch.stack([unit @ unit[item] for unit in units]).mean(0)
 
 
-def find_components(item_factors: Sequence[Tensor], n: int = 2) -> Tensor:
-    """The first `n` principal components of items, (n_items, n), all members' factors side by side.
+def find_components(item_factors: Sequence[Tensor], n: int = 2) -> tuple[Tensor, Tensor]:
+    """The first `n` principal components of items, (n_items, n), and their shares of variance (n,).
 
-    Of the largest variance first. The sign, which is arbitrary, is such that the item furthest out
-    is positive.
+    Of all members' factors side by side, the largest variance first. The sign, which is arbitrary,
+    is such that the item furthest out is positive.
     """
     rows = torch.cat([factors.double() for factors in item_factors], 1)
     rows = rows - rows.mean(0)
-    _, axes = torch.linalg.eigh(rows.T @ rows)  # (K, K): cheap for millions of items
+    variances, axes = torch.linalg.eigh(rows.T @ rows)  # (K, K): cheap for millions of items
     places = rows @ axes.flip(1)[:, :n]
     furthest = places.abs().argmax(0, keepdim=True)
-    return places * places.gather(0, furthest).sign()
+    shares = variances.flip(0)[:n] / variances.sum()
+    return places * places.gather(0, furthest).sign(), shares
+
+
+def find_likings(members: Sequence[Params], user: int, *, head: Head) -> Tensor:
+    """How items are liked, whoever rates, (n_items,): the mean over the members of
+
+        head.predict(user_bias + item_bias)
+
+    the rating that an item's bias predicts without factors, `user` being the average one's row.
+    """
+    ratings = [head.predict(params.user_bias[user] + params.item_bias) for params in members]
+    return torch.stack(ratings).mean(0)
 
 
 # Features
@@ -475,9 +509,8 @@ def embedded_loss_and_grad(
 ) -> tuple[Tensor, list[Tensor]]:
     """`loss_and_grad` of the table that `embed` makes, with the gradient in the features' table.
 
-    `batch` and `options` are those of `loss_and_grad`, rows of users and items in `batch`; `params`
-    and the gradient have F + G rows. A row is linear in its features' rows, so the gradient comes
-    back through the transpose.
+    `batch` and `options` are those of `loss_and_grad`; `params` and the gradient have F + G rows.
+    Rows are linear in their features' rows, so the gradient comes back through the transpose.
     """
     loss, grads = loss_and_grad([embed(params[0], features.matrix)], *batch, **options)
     return loss, [embed(grads[0], features.transposed)]

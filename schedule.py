@@ -16,7 +16,6 @@ two ends of a learning rate range test.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -33,16 +32,6 @@ class Pace(NamedTuple):
 
 
 Schedule = Callable[[int], Pace]
-
-
-def constant(*, lr: float, momentum: float = 0.9) -> Schedule:
-    """The same `lr` and `momentum` at every step.
-
-    >>> constant(lr=0.005)(123)
-    Pace(lr=0.005, momentum=0.9)
-    """
-    pace = Pace(lr, momentum)
-    return lambda step: pace
 
 
 def one_cycle(
@@ -77,29 +66,28 @@ def one_cycle(
         raise ValueError(f"warm_up must be in [0, 1), not {warm_up}")
     n_up = int(n_steps * warm_up)
 
+    start, peak = Pace(lr_max / div, momentum_max), Pace(lr_max, momentum_min)
+    end = Pace(lr_max / final_div, momentum_max)
+
     def at(step: int) -> Pace:
         if step < n_up:
-            frac, lr_start, lr_end = step / n_up, lr_max / div, lr_max
-            momentum_start, momentum_end = momentum_max, momentum_min
-        else:
-            frac, lr_start, lr_end = (step - n_up) / (n_steps - n_up), lr_max, lr_max / final_div
-            momentum_start, momentum_end = momentum_min, momentum_max
-        return Pace(_cos(lr_start, lr_end, frac), _cos(momentum_start, momentum_end, frac))
+            return _move(start, peak, step / n_up)
+        return _move(peak, end, min((step - n_up) / (n_steps - n_up), 1.0))
 
     return at
 
 
-def _cos(start: float, end: float, frac: float) -> float:
-    return start + (end - start) * (1 - math.cos(math.pi * min(frac, 1.0))) / 2
+def _move(start: Pace, end: Pace, frac: float) -> Pace:
+    rise = (1 - math.cos(math.pi * frac)) / 2
+    return Pace(*(a + (b - a) * rise for a, b in zip(start, end, strict=True)))
 
 
 def exponential(n_steps: int, *, lr_min: float, lr_max: float, momentum: float = 0.9) -> Schedule:
     """For the learning rate range test: lr grows by the same factor at every step.
 
-        lr = lr_min^(1 - frac) lr_max^frac,  frac = step / (n_steps - 1)
+        lr = lr_min^(1 - frac) lr_max^frac,  frac = min(step / (n_steps - 1), 1)
 
-    It stays at `lr_max` after the last step, as `momentum` does throughout. ValueError for less
-    than two steps, or where not 0 < lr_min < lr_max.
+    `momentum` stays. ValueError for less than two steps, or where not 0 < lr_min < lr_max.
 
     >>> [round(exponential(4, lr_min=0.01, lr_max=10)(step).lr, 9) for step in range(5)]
     [0.01, 0.1, 1.0, 10.0, 10.0]
@@ -127,15 +115,12 @@ class Suggestion(NamedTuple):
 
 
 def suggest_lr(
-    lrs: Sequence[float] | Tensor,
-    losses: Sequence[float] | Tensor,
-    *,
-    n_steps: int | None = None,
+    lrs: Sequence[float] | Tensor, losses: Sequence[float] | Tensor, *, n_steps: int
 ) -> Suggestion:
     """Where the curve of a range test, smoothed `losses` (m,) over growing `lrs` (m,), falls best.
 
     The first `n_steps // 10` points and the last 5 are left out, `n_steps` being what the test was
-    to take, m unless given. Of the rest, by index from 0:
+    to take. Of the rest, by index from 0:
 
         valley: lrs[max(end - L + int(L / 3) + int(L / 6), 0)], L the length of the longest
             subsequence of ever smaller losses, gaps allowed, `end` where the first such ends
@@ -144,24 +129,17 @@ def suggest_lr(
     Source: fastai 2, `lr_find`, `valley` and `steep` of callback/schedule.py; but at 0 the index
     of the valley is held here, where fastai's may be -1, the last point.
 
-    ValueError for columns of different length, fewer than 2 points left, an lr that does not grow
-    or a loss that is not finite.
+    ValueError for less than 2 points left, an lr that does not grow or a loss that is not finite.
     """
-    if len(lrs) != len(losses):
-        raise ValueError(f"there are {len(lrs)} lrs and {len(losses)} losses")
-    kept = slice((len(lrs) if n_steps is None else n_steps) // 10, -5)
-    lrs, losses = (torch.as_tensor(x, dtype=torch.float64)[kept].tolist() for x in (lrs, losses))
-    if len(lrs) < 2:
-        raise ValueError(f"{len(lrs)} points are left of the curve, at least 2 are needed")
-    if not all(map(math.isfinite, losses)):
-        raise ValueError("a loss of the curve is not finite")
-    if not all(0 < lr < after for lr, after in pairwise(lrs)):
-        raise ValueError("the lrs of the curve do not grow")
-    slopes = [
-        (loss_after - loss) / math.log(lr_after / lr)
-        for (lr, loss), (lr_after, loss_after) in pairwise(zip(lrs, losses, strict=True))
-    ]
-    return Suggestion(lrs[_find_valley(losses)], lrs[slopes.index(min(slopes))])
+    kept = slice(n_steps // 10, -5)
+    lrs, losses = (torch.as_tensor(x, dtype=torch.float64)[kept] for x in (lrs, losses))
+    if not len(lrs) == len(losses) > 1:
+        raise ValueError(f"{len(lrs)} lrs and {len(losses)} losses are left, not 2 or more")
+    growths, rises = (lrs[1:] / lrs[:-1]).log(), losses.diff()
+    if not ((growths > 0) & growths.isfinite() & rises.isfinite()).all():
+        raise ValueError("an lr of the curve does not grow, or a loss is not finite")
+    steepest = (rises / growths).argmin()
+    return Suggestion(lrs[_find_valley(losses.tolist())].item(), lrs[steepest].item())
 
 
 def _find_valley(losses: Sequence[float]) -> int:

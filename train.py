@@ -1,7 +1,7 @@
 """The training loop, a generator that yields after each epoch, and evaluation in one pass.
 
 `fit` is the loop, which `share` lets several processes run together; `find_lr` tries learning
-rates; `evaluate` judges predicted ratings, `rank` lists of items.
+rates; `evaluate` judges predicted ratings.
 
 >>> import torch
 >>> from train import evaluate, fit
@@ -21,11 +21,13 @@ True
 """
 
 import math
+import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice, repeat
 from typing import NamedTuple
 
+import polars as pl
 import torch
 from torch import Tensor
 
@@ -48,24 +50,6 @@ class Epoch(NamedTuple):
     state: tuple[Tensor, ...]  # tables, the optimizer's tensors, the generator's state
 
 
-class Errors(NamedTuple):
-    """Mean squared error, its root, and mean absolute error."""
-
-    mse: float
-    rmse: float
-    mae: float
-
-
-class Ranking(NamedTuple):
-    """Means over users of how well the first k of a list of items hit those that are relevant."""
-
-    precision: float  # share of the k that is relevant
-    recall: float  # share of the relevant that is among the k
-    ndcg: float  # hits weighted by place, over the most that this could be
-    hit_rate: float  # share of users with a hit
-    n_users: int  # with a relevant item
-
-
 def count_batches(n_ratings: int, batch_size: int, *, drop_last: bool = False) -> int:
     """The number of steps an epoch takes; a set smaller than one batch is one batch.
 
@@ -86,28 +70,17 @@ def _count_rows(columns: Sequence[Tensor]) -> int:
 
 
 def _resume_(
-    tensors: Sequence[Tensor], generator: torch.Generator, resume: tuple | None, n_epochs: int
-) -> int:
-    """Copy the state in `resume` into `tensors` and `generator`; returns epochs done.
-
-    ValueError for more epochs than `n_epochs`, and for a tensor that is missing or does not fit.
-    """
-    if resume is None:
-        return 0
-    n_done, state = resume
-    if not 0 <= n_done <= n_epochs:
-        raise ValueError(f"cannot resume after {n_done} of {n_epochs} epochs")
-    saved, own = (
-        [f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in each]
-        for each in (state, [*tensors, generator.get_state()])
-    )
+    tensors: Sequence[Tensor], generator: torch.Generator, state: Sequence[Tensor]
+) -> None:
+    """Copy `state`, an `Epoch`'s, into `tensors` and `generator`. ValueError if it does not fit."""
+    both = state, [*tensors, generator.get_state()]
+    saved, own = ([f"{t.dtype} {tuple(t.shape)}" for t in tensors] for tensors in both)
     if saved != own:
         raise ValueError(f"the state to resume from is {saved}, not {own}")
     with torch.no_grad():
         for tensor, value in zip(tensors, state, strict=False):
             tensor.copy_(value)
     generator.set_state(state[-1])
-    return n_done
 
 
 def fit(
@@ -140,16 +113,20 @@ def fit(
     n_rows = _count_rows(columns)
     n_batches = count_batches(n_rows, batch_size, drop_last=drop_last)
     n_drawn = min(n_batches * batch_size, n_rows)
-    params = params if isinstance(params, Sequence) else list(params)  # net.parameters(): once
+    params = list(params)  # net.parameters() can be gone through only once
     init, update_ = optimizer
     state = init(params)
     tensors = [*params, *chain.from_iterable(state or ())]
-    n_done = _resume_(tensors, generator, resume, n_epochs)
+    n_done, saved = resume or (0, None)
+    if not 0 <= n_done <= n_epochs:
+        raise ValueError(f"cannot resume after {n_done} of {n_epochs} epochs")
+    if saved is not None:
+        _resume_(tensors, generator, saved)
     step = n_done * n_batches
     for epoch in range(n_done + 1, n_epochs + 1):
         start = time.perf_counter()
         losses = []  # read once an epoch: .item() here would be one more call a step
-        for batch in _shuffle(columns, n_drawn, batch_size, generator):
+        for batch in _shuffle(columns, n_batches, batch_size, generator):
             loss, grads = loss_and_grad(params, *batch)
             update_(params, grads, state, step)
             losses.append(loss.detach())
@@ -163,13 +140,13 @@ def fit(
         yield Epoch(epoch, params, train_loss, seconds, (*tensors, generator.get_state()))
 
 
-def _shuffle(columns: Sequence[Tensor], n_drawn: int, batch_size: int, generator) -> Iterator:
-    """The batches of an epoch: the first `n_drawn` rows of a permutation, cut up."""
+def _shuffle(columns: Sequence[Tensor], n_batches: int, batch_size: int, generator) -> Iterator:
+    """The batches of an epoch: the first rows of a permutation, cut up."""
     n_rows = len(columns[0])
     # Half the size draws the same in a third of the time. Rows are copied some batches at a time:
     # a whole copy of the columns is what memory would hold most of.
     dtype = torch.int32 if n_rows < 1 << 31 else torch.int64
-    order = torch.randperm(n_rows, generator=generator, dtype=dtype)[:n_drawn]
+    order = torch.randperm(n_rows, generator=generator, dtype=dtype)[: n_batches * batch_size]
     for rows in order.split(batch_size * max(SHUFFLED_AT_ONCE // batch_size, 1)):
         copies = (column.index_select(0, rows).split(batch_size) for column in columns)
         yield from zip(*copies, strict=True)
@@ -186,50 +163,35 @@ def find_lr(
     n_steps: int,
     batch_size: int,
     generator: torch.Generator,
-    stop: float = 4.0,
-    smoothing: float = 0.98,
 ) -> Tensor:
     """The learning rate range test: the smoothed losses (m,), float64, of one run of `n_steps`.
 
     The arguments are those of `fit`, with an `optimizer` whose lr grows from far too small to far
     too large, as by `schedule.exponential`; `schedule.suggest_lr` reads the curve. Batches are all
-    of one size, drawn anew whenever the rows are used up; `params` are put back at the end.
-    With the batch's loss l before each step, and s = `smoothing`,
+    of one size, drawn anew whenever the rows are used up; `params` are of no use afterwards.
+    With the batch's loss l before each step, and t = step + 1,
 
-        a = s a + (1 - s) l,  smoothed = a / (1 - s^t),  t = step + 1
+        a = 0.98 a + 0.02 l,  smoothed = a / (1 - 0.98^t)
 
-    The run ends, m < `n_steps`, with the first smoothed loss above `stop` times the least so far,
-    or before the first that is not finite. Losses must be positive for `stop` to have a meaning.
+    The run ends, m < `n_steps`, with the first smoothed loss (of positive ones) above 4 times the
+    least so far, or before the first that is not finite.
     Source: Smith 2017, "Cyclical learning rates for training neural networks", section 3.3;
     smoothing and rule to stop are fastai's `Recorder` and `LRFinder`.
-
-    ValueError for columns of different length, `n_steps` < 1, or `smoothing` outside [0, 1).
     """
-    if n_steps < 1:
-        raise ValueError(f"n_steps must be at least 1, not {n_steps}")
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing must be in [0, 1), not {smoothing}")
-    n_rows = _count_rows(columns)
-    n_drawn = min(count_batches(n_rows, batch_size, drop_last=True) * batch_size, n_rows)
-    draws = (_shuffle(columns, n_drawn, batch_size, generator) for _ in repeat(None))
-    params = params if isinstance(params, Sequence) else list(params)
-    before = [param.detach().clone() for param in params]
+    n_batches = count_batches(_count_rows(columns), batch_size, drop_last=True)
+    draws = (_shuffle(columns, n_batches, batch_size, generator) for _ in repeat(None))
+    params = list(params)
     init, update_ = optimizer
-    state, average, least, losses = init(params), 0.0, math.inf, []
+    state, average, losses = init(params), 0.0, []
     for step, batch in enumerate(islice(chain.from_iterable(draws), n_steps)):
         loss, grads = loss_and_grad(params, *batch)
-        average = smoothing * average + (1 - smoothing) * loss.item()
-        smoothed = average / (1 - smoothing ** (step + 1))
-        if not math.isfinite(smoothed):
-            break
-        losses.append(smoothed)
-        least = min(least, smoothed)
-        if step and smoothed > stop * least:
+        average = 0.98 * average + (1 - 0.98) * loss.item()
+        smoothed = average / (1 - 0.98 ** (step + 1))
+        if math.isfinite(smoothed):
+            losses.append(smoothed)
+        if not math.isfinite(smoothed) or smoothed > 4 * min(losses):
             break
         update_(params, grads, state, step)
-    with torch.no_grad():
-        for param, value in zip(params, before, strict=True):
-            param.copy_(value)
     return torch.tensor(losses, dtype=torch.float64)
 
 
@@ -242,8 +204,9 @@ def share(loss_and_grad: Callable) -> Callable:
     All call it with the same `params` and the same batch. Process r of R takes the rows r, r + R,
     r + 2R ..., and one `all_reduce` sums loss and gradients, each process's means weighed by its
     share of the batch: what `fit` makes of it in each process is what it would make alone, but for
-    the rounding of sums in another order. `loss_and_grad` is called with `rand` besides, to be used
-    in place of `torch.rand` for random numbers of each row.
+    the rounding of sums in another order. Random numbers of each row, such as those of
+    `model.with_dropout`, are drawn for the whole batch, so before this function: they are tensors
+    like the columns, given by position or by name.
     Source: Goyal et al. 2017, "Accurate, large minibatch SGD", remark 3 (means are of the whole
     batch); Li et al. 2020, "PyTorch Distributed" (gradient bucketing, here into one for all).
 
@@ -251,16 +214,13 @@ def share(loss_and_grad: Callable) -> Callable:
     """
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
-    def shared(params: Sequence[Tensor], *batch: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def shared(params, *batch: Tensor, **more: Tensor) -> tuple[Tensor, list[Tensor]]:
         n_rows = len(batch[0])
         rows = slice(rank, None, size) if rank < n_rows else slice(1)  # the latter weighs nothing
         part = [column[rows] for column in batch]
         weight = len(part[0]) / n_rows if rank < n_rows else 0.0
-
-        def rand(shape: Sequence[int], **options) -> Tensor:
-            return torch.rand(n_rows, *shape[1:], **options)[rows]
-
-        loss, grads = loss_and_grad(params, *part, rand=rand)
+        more = {name: column[rows] for name, column in more.items()}
+        loss, grads = loss_and_grad(params, *part, **more)
         flat = torch.cat([loss.reshape(1), *(grad.reshape(-1) for grad in grads)]).mul_(weight)
         call_together(torch.distributed.all_reduce, flat)
         loss, *sums = flat.split([1, *(grad.numel() for grad in grads)])
@@ -269,15 +229,40 @@ def share(loss_and_grad: Callable) -> Callable:
     return shared
 
 
-def call_together(collective: Callable, *arguments):
-    """Call a function of `torch.distributed`. ConnectionError when another process has ended."""
+def call_together(collective: Callable, *arguments) -> None:
+    """Call a function of `torch.distributed`, and wait for it as Ctrl-C and signals can end.
+
+    ConnectionError when another process has ended.
+    """
     try:
-        collective(*arguments)
+        work = collective(*arguments, async_op=True)
+        while not work.is_completed():  # wait() itself would hold signals up till it is done
+            time.sleep(1e-4)
+        work.wait()
     except RuntimeError as error:
         raise ConnectionError("another process of this training has ended") from error
 
 
+def broadcast(value=None):
+    """The `value` of process 0, which pickle must take, in all; that of the others is ignored."""
+    content = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    length = torch.tensor(len(content))
+    call_together(torch.distributed.broadcast, length, 0)
+    if torch.distributed.get_rank():
+        content = torch.empty(length.item(), dtype=torch.uint8)
+    call_together(torch.distributed.broadcast, content, 0)
+    return pickle.loads(content.numpy())
+
+
 # Errors and ranking
+
+
+class Errors(NamedTuple):
+    """Mean squared error, its root, and mean absolute error."""
+
+    mse: float
+    rmse: float
+    mae: float
 
 
 def evaluate(
@@ -289,95 +274,51 @@ def evaluate(
     clip: tuple[float, float] | None = None,
     block: int = 1 << 17,
 ) -> Errors:
-    """Errors of `predict(users, items, *context)` on all of `ratings`, each (N, ...), in one pass.
+    """Errors of `predict(users, items, *context)` on all of `ratings`, each (N, ...).
 
-    `clip = (low, high)` bounds the predictions first. Memory is bounded by `block` pairs at a time,
-    sums are in float64. ValueError for no ratings, a prediction of another shape than (N,), or an
-    error that is not finite.
+    `predict` is given `block` pairs at a time, `clip = (low, high)` bounds what it predicts, sums
+    are in float64. ValueError for no ratings, predictions of another shape than (N,), or an error
+    that is not finite.
     """
     if not _count_rows((users, items, ratings, *context)):
         raise ValueError("there are 0 ratings")
-    squared = absolute = 0.0
-    columns = (column.split(block) for column in (ratings, users, items, *context))
-    for target, *rows in zip(*columns, strict=True):
-        prediction = predict(*rows)
-        if prediction.shape != target.shape:
-            shapes = f"{tuple(prediction.shape)}, the ratings' is {tuple(target.shape)}"
-            raise ValueError(f"the prediction's shape is {shapes}")
-        if clip is not None:
-            prediction = prediction.clamp(*clip)
-        error = (prediction - target).double()
-        squared += error.dot(error).item()
-        absolute += error.abs().sum().item()
-    mse = squared / len(ratings)
+    blocks = zip(*(column.split(block) for column in (users, items, *context)), strict=True)
+    predicted = torch.cat([predict(*rows) for rows in blocks])
+    if predicted.shape != ratings.shape:
+        shapes = f"{tuple(predicted.shape)}, the ratings' is {tuple(ratings.shape)}"
+        raise ValueError(f"the prediction's shape is {shapes}")
+    error = ((predicted if clip is None else predicted.clamp(*clip)) - ratings).double()
+    mse = error.dot(error).item() / len(ratings)
     if not math.isfinite(mse):
         raise ValueError(f"the mean squared error is {mse}")
-    return Errors(mse, mse**0.5, absolute / len(ratings))
+    return Errors(mse, mse**0.5, error.abs().sum().item() / len(ratings))
 
 
-def rank(
-    scores: Callable[[Tensor], Tensor],
-    users: Tensor,
-    items: Tensor,
-    *,
-    seen: tuple[Tensor, Tensor],
-    k: int,
-    n_items: int,
-    block: int = 1 << 20,
-) -> Ranking:
-    """How well the `k` items of highest score hit each user's relevant ones, `users`, `items` (N,).
+def rank(lists: pl.DataFrame, relevant: pl.DataFrame, *, k: int) -> dict[str, float]:
+    """How well the first `k` items of users' lists hit those that are relevant: means over users.
 
-    `scores(rows)` returns (B, n_items) for the users in `rows` (B,), all different. Items that
-    `seen` has for a user, such as those of training, are neither proposed nor relevant: `seen` is
-    (starts (n_users + 1,), items (M,)), those of user i from starts[i] up to starts[i + 1]. A pair
-    given twice counts once. With R the user's relevant items and rel_p = 1 if the item in place
-    p = 1 ... k is in R, else 0, and hits their sum,
+    `lists` has columns user, rank (from 1 to k) and item, `relevant` user and item, each pair once.
+    With R a user's relevant items, and rel_p = 1 if the item in place p is in R, else 0, and hits
+    their sum,
 
-        precision = hits / k,  recall = hits / |R|,  hit rate = 1 if hits > 0 else 0
+        precision = hits / k,  recall = hits / |R|,  hit_rate = 1 if hits > 0 else 0
         ndcg = sum of rel_p / log2(p + 1) over p <= k / sum of 1 / log2(p + 1) over p <= min(k, |R|)
 
-    each a mean over the users with a relevant item; where a user has fewer than k items left to
-    propose, the other places are no hits. Memory is bounded by `block` scores at a time, or by one
-    user's; sums are in float64.
+    and n_users is the number of users that have relevant items, whom the means are over.
     Source: Järvelin & Kekäläinen 2002, "Cumulated gain-based evaluation of IR techniques"; that the
     second place is discounted too is of Burges et al. 2005, "Learning to rank using gradient
     descent".
-
-    ValueError for a `k` outside 1 to `n_items`, users and items of different length, no user with a
-    relevant item, scores of another shape or not finite.
     """
-    if not 1 <= k <= n_items:
-        raise ValueError(f"k must be from 1 to the {n_items} items, not {k}")
-    _count_rows((users, items))
-    counts = torch.bincount(users, minlength=len(seen[0]) - 1)
-    relevant = torch.cat([counts.new_zeros(1), counts.cumsum(0)]), items[users.argsort()]
-    discounts = 1 / torch.arange(2, k + 2, dtype=torch.float64).log2()
-    n_users, sums = 0, torch.zeros(4, dtype=torch.float64)
-    for rows in users.unique().split(max(block // n_items, 1)):
-        found = scores(rows)
-        if found.shape != (len(rows), n_items) or not found.isfinite().all():
-            shapes = f"{tuple(found.shape)}, not {(len(rows), n_items)}, or one is not finite"
-            raise ValueError(f"of users {rows[0]} to {rows[-1]} the scores' shape is {shapes}")
-        is_seen = _mark(seen, rows, n_items)
-        is_relevant = _mark(relevant, rows, n_items) & ~is_seen
-        top = found.masked_fill(is_seen, -math.inf).topk(k).indices
-        hits, n_relevant = is_relevant.gather(1, top).double(), is_relevant.sum(1)
-        n_hits, ideal = hits.sum(1), discounts.cumsum(0)[n_relevant.clamp(1, k) - 1]
-        figures = [n_hits / k, n_hits / n_relevant, hits @ discounts / ideal, n_hits.sign()]
-        sums += torch.stack(figures)[:, n_relevant > 0].sum(1)
-        n_users += (n_relevant > 0).sum().item()
-    if not n_users:
-        raise ValueError("no user has a relevant item")
-    return Ranking(*(sums / n_users).tolist(), n_users)
-
-
-def _mark(lists: tuple[Tensor, Tensor], rows: Tensor, n_items: int) -> Tensor:
-    """Which items (B, n_items) the users in `rows` (B,) have in `lists`, starts and items."""
-    starts, items = lists
-    counts = starts[rows + 1] - starts[rows]
-    line = torch.arange(len(rows)).repeat_interleave(counts)
-    shifts = starts[rows] - (counts.cumsum(0) - counts)
-    place = torch.arange(len(line)) + shifts[line]
-    marks = torch.zeros(len(rows), n_items, dtype=torch.bool)
-    marks[line, items[place].long()] = True
-    return marks
+    gain = (1 / (pl.col("rank") + 1).log(2)).sum()
+    hits = lists.join(relevant, ["user", "item"], "semi").group_by("user")
+    users = relevant.group_by("user").agg(n=pl.len())
+    users = users.join(hits.agg(hits=pl.len(), gain=gain), "user", "left").sort("user")
+    ideal = pl.select(1 / (pl.int_range(2, k + 2) + 0.0).log(2).alias("x")).to_series()
+    places = pl.col("n").clip(1, k) - 1
+    figures = users.fill_null(0).select(
+        precision=pl.col("hits") / k,
+        recall=pl.col("hits") / pl.col("n"),
+        ndcg=pl.col("gain") / pl.lit(ideal.cum_sum()).gather(places),
+        hit_rate=(pl.col("hits") > 0).cast(pl.Float64),
+    )
+    return {**figures.mean().row(0, named=True), "n_users": len(users)}

@@ -1,319 +1,270 @@
-"""Every command as a user runs it, on three kinds of data; bad input; trainings that are killed."""
+"""Every command on three kinds of data; processes that are killed, piped, or have no terminal."""
 
 import json
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy
 import polars
 import pytest
 import torch
+from conftest import COLUMNS, FLAGS, ROOT, call
 
 import collab
 import data
 
-ROOT = Path(collab.__file__).parent
-
-
-def titled(item):
-    return f"Filmé {item}, A “{item % 7}”"
-
-
-def write_some(folder, ratings):
-    """A small part of ml-100k as a table of string ids under names of its own, and as Parquet."""
-    some = ratings.filter(polars.col("user") <= 90, polars.col("item") <= 120)
-    strings = some.select(
-        kunde=polars.format("ü-{} {}", polars.col("user") % 2, "user"),
-        ware=polars.format('{}-x,"{}"', "item", polars.col("item") % 3),
-        sterne="rating",
-        wann=polars.from_epoch("timestamp").dt.strftime("%Y-%m-%dT%H:%M:%SZ"),
-    )
-    strings.write_csv(folder / "strings.csv")
-    some.write_parquet(folder / "some.parquet")
-    items = strings["ware"].unique(maintain_order=True)
-    titles = [titled(int(item.split("-")[0])) for item in items]
-    table = polars.DataFrame({"ware": items, "title": titles, "kind": [t[-2] for t in titles]})
-    table.write_csv(folder / "titles.csv")
-
-
-COLUMNS = ("--user-column", "kunde", "--item-column", "ware")
-ALL_COLUMNS = (*COLUMNS, "--rating-column", "sterne", "--time-column", "wann")
+# What is trained, a user, an item, the columns, and the ending of what is written.
 SOURCES = {
-    "ml-100k": ((), 196, 242, ()),
-    "strings": (
-        ("--ratings", "strings.csv", *ALL_COLUMNS, "--items", "titles.csv"),
-        "ü-0 22",
-        '50-x,"2"',
-        ALL_COLUMNS,
-    ),
-    "parquet": (("--ratings", "some.parquet"), 22, 50, ()),
+    "ml-100k": ((), 196, 242, (), ".parquet"),
+    "strings": (("--ratings", "r.csv", "--items", "i.csv"), "ü-0 22", '50-x,"2"', FLAGS, ".csv"),
+    "parquet": (("--ratings", "r.parquet", "--recipe", "best"), 22, 50, (), ".tsv"),
 }
 
 
-ENDINGS = {"ml-100k": "parquet", "strings": "csv", "parquet": "tsv"}  # of what is written
-
-
-class Trained:
-    """A model that the command line has trained, where it lies, and what of it is asked for."""
-
-    def __init__(self, folder, name):
-        self.folder, self.name = folder, name
-        self.source, self.user, self.item, self.columns = SOURCES[name]
-
-    def run(self, *arguments):
-        done = subprocess.run(
-            [sys.executable, ROOT / "collab.py", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def ask(self, command, *arguments):
-        return json.loads(self.run(command, "m.pt", *arguments, "--json"))
-
-
 @pytest.fixture(scope="module", params=SOURCES)
-def trained(request, tmp_path_factory, ratings):
-    folder = tmp_path_factory.mktemp("commands")
-    write_some(folder, ratings)
-    trained = Trained(folder, request.param)
-    short = ("--epochs", 2, "--save", "m.pt", "--metrics", "m.json")
-    out = trained.run("train", *trained.source, *short)
-    assert out.splitlines()[-1].startswith("test mse ")
-    trained.model = collab.load_model(folder / "m.pt")
-    return trained
+def trained(request, tmp_path_factory, small, ml_100k):
+    """A model, where it lies, and how it is asked by the command line."""
+    source, user, item, flags, ending = SOURCES[request.param]
+    out, source = tmp_path_factory.mktemp(request.param), (*source, *flags)
+    results = ("--save", out / "m.pt", "--metrics", out / "m.json")
+    done = call(small, "train", *source, "--epochs", 2, *results)
+    assert done.stdout.splitlines()[-1].startswith("test mse "), done.stderr
+
+    def ask(command, *arguments):
+        done = call(small, command, out / "m.pt", *arguments, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    about = {"user": user, "item": item, "flags": flags, "source": source, "folder": small}
+    about |= {"out": out, "ending": ending, "path": small / source[1] if source else ml_100k}
+    return SimpleNamespace(ask=ask, model=collab.load_model(out / "m.pt"), **about)
 
 
 def as_json(value):
-    """A value as it comes back from JSON, NamedTuples as objects."""
-    if isinstance(value, list):
-        value = [each._asdict() for each in value]
-    return json.loads(json.dumps(value))
+    """A value as it comes back from JSON."""
+    return json.loads(json.dumps(value, default=polars.DataFrame.to_dicts))
 
 
-def assert_same(found, expected):
-    """Equal but for the last digits of floats, which go with the number of threads."""
-    if isinstance(expected, dict | list):
-        assert type(found) is type(expected)
-        assert len(found) == len(expected)
-        keys = expected if isinstance(expected, dict) else range(len(expected))
-        for key in keys:
-            assert_same(found[key], expected[key])
-    else:
-        assert found == (pytest.approx(expected, abs=1e-5) if type(expected) is float else expected)
+READ = {".csv": polars.read_csv, ".parquet": polars.read_parquet}
+READ[".tsv"] = partial(polars.read_csv, separator="\t")
 
 
-def test_evaluate(trained):
-    found = trained.ask("evaluate", "--ranking", "-k", 5)
-    assert_same(found, as_json(collab.evaluate(trained.model, k=5)))
-    assert found["mse"] == pytest.approx(trained.model.figures["mse"], rel=1e-6)
-    assert 0 < found["precision"] <= found["hit_rate"] < 1
-
-
-def test_evaluate_other_ratings(trained, ml_100k):
-    """The table that it was trained on, if one insists: the figures of the library."""
-    path = trained.folder / trained.source[1] if trained.source else ml_100k / "u.data"
-    arguments = ("--ratings", path, *trained.columns, "--allow-overlap")
-    found = trained.ask("evaluate", *arguments)
-    columns = dict(
-        zip(("user", "item", "rating", "timestamp"), trained.columns[1::2], strict=False)
-    )
-    frame = data.read_ratings(path, columns=columns)
-    assert_same(found, as_json(collab.evaluate(trained.model, frame, allow_overlap=True)))
-    assert found["mse"] < trained.model.figures["mse"]
-    assert found["n_test"] == len(frame)
-
-
-def test_predict(trained):
+def test_evaluate_and_predict(trained):
+    """On its test part, and on all that it was trained on, if one insists; and one pair."""
+    model = trained.model
+    expected = collab.evaluate(model) | {"k": 5} | collab.rank(model, k=5)
+    assert trained.ask("evaluate", "--ranking", "-k", 5) == as_json(expected)
+    frame = data.read_ratings(trained.path, columns=COLUMNS if trained.flags else None)
+    found = trained.ask("evaluate", "--ratings", trained.path, *trained.flags, "--allow-overlap")
+    assert found == as_json(collab.evaluate(model, frame, allow_overlap=True))
+    pair = polars.DataFrame({"user": [trained.user], "item": [trained.item]})
     found = trained.ask("predict", "--user", trained.user, "--item", trained.item)
-    (mean,), (deviation,) = collab.predict(trained.model, [trained.user], [trained.item])
-    assert (found["user"], found["item"]) == (trained.user, trained.item)
-    assert found["rating"] == pytest.approx(mean.item(), abs=1e-5)
-    assert found["deviation"] == deviation.item() == 0
+    assert found.pop("title") in model.titles
+    assert found == as_json(collab.predict(model, pair).row(0, named=True))
 
 
-def test_predict_pairs(trained):
-    ending = ENDINGS[trained.name]
-    users, items = trained.model.user_ids[:40], trained.model.item_ids[-40:]
-    asked = polars.DataFrame({"user": users, "item": items})
-    asked.write_csv(trained.folder / "pairs.csv")
-    output = trained.folder / f"predicted.{ending}"
-    found = trained.ask("predict", "--pairs", "pairs.csv", "--output", output)
-    assert found == {"n_pairs": 40, "output": str(output)}
-    table = read_table(output).with_columns(polars.col("user", "item").cast(asked["user"].dtype))
-    assert table.drop("rating").equals(asked)
-    mean, _ = collab.predict(trained.model, users, items)
-    assert table["rating"].to_list() == pytest.approx(mean.tolist(), abs=1e-5)
-
-
-def read_table(path):
-    if path.suffix == ".parquet":
-        return polars.read_parquet(path)
-    return polars.read_csv(path, separator="\t" if path.suffix == ".tsv" else ",")
+def test_predict_pairs_streams_the_same(trained):
+    """More pairs than are held at a time, in file order, each as `predict` alone has it."""
+    generator, n_pairs = numpy.random.default_rng(0), 200_000 if trained.ending == ".tsv" else 300
+    raw = zip(("user", "item"), trained.model.ids, strict=True)
+    rows = {name: ids.gather(generator.integers(len(ids), size=n_pairs)) for name, ids in raw}
+    asked, output = polars.DataFrame(rows), trained.out / f"predicted{trained.ending}"
+    asked.write_csv(trained.out / "pairs.csv")
+    found = trained.ask("predict", "--pairs", trained.out / "pairs.csv", "--output", output)
+    assert found["output"] == str(output)
+    answers, expected = READ[trained.ending](output), collab.predict(trained.model, asked)
+    is_ensemble = trained.ending == ".tsv"
+    assert answers.columns == expected.columns[: 3 + is_ensemble]
+    for name in answers.columns[:2]:
+        assert answers[name].cast(polars.String).equals(asked[name].cast(polars.String))
+    for name in answers.columns[2:]:
+        assert numpy.allclose(answers[name], expected[name], atol=1e-5)
+    assert (expected["deviation"].max() > 0) == is_ensemble
+    assert found["n_pairs"] == n_pairs
 
 
 def test_recommend(trained):
-    found = trained.ask("recommend", "--user", trained.user, "-n", 7)
-    assert found["user"] == trained.user
-    assert_same(found["items"], as_json(collab.recommend(trained.model, trained.user, n=7)))
-    ratings = [each["rating"] for each in found["items"]]
-    assert ratings == sorted(ratings, reverse=True)
-    row = collab.find_user(trained.model, trained.user)
-    starts, rated = trained.model.rated[:2]
-    seen = {trained.model.item_ids[i] for i in rated[starts[row] : starts[row + 1]].tolist()}
-    assert not seen & {each["item"] for each in found["items"]}
-    everything = collab.recommend(trained.model, trained.user, n=10**6, include_seen=True)
-    assert {each.item for each in everything} == set(trained.model.item_ids)
+    """To one, and to all: the highest predictions of what a user has not seen."""
+    model, output = trained.model, trained.out / f"all{trained.ending}"
+    trained.ask("recommend", "--all-users", "--output", output, "-n", 3)
+    listed, rows = READ[trained.ending](output), model.tensors["train_users"]
+    assert listed["user"].to_list() == [user for user in model.ids.users for _ in range(3)]
+    for user in (trained.user, *model.ids.users.sample(9, seed=0)):
+        is_own = rows == model.ids.users.to_list().index(user)
+        seen = model.ids.items.gather(model.tensors["train_items"][is_own].numpy())
+        pairs = model.ids.items.filter(~model.ids.items.is_in(seen.implode())).to_frame("item")
+        pairs = collab.predict(model, pairs.with_columns(user=polars.lit(user)))
+        expected = pairs["rating"].top_k(3).sort(descending=True).to_list()
+        own = listed.filter(polars.col("user") == user)
+        assert not set(own["item"]) & set(seen)
+        assert own["rank"].to_list() == [1, 2, 3]
+        assert own["rating"].to_list() == pytest.approx(expected, abs=1e-5)
+        top = collab.recommend(model, user, n=3)
+        assert top["rating"].to_list() == pytest.approx(expected, abs=1e-5)
+    found = trained.ask("recommend", "--user", user, "-n", 3)
+    assert found == as_json({"user": user, "items": top.select("item", "title", "rating")})
+    everything = collab.recommend(model, trained.user, n=10**6, include_seen=True)
+    assert set(everything["item"]) == set(model.ids.items)
+    # A new user, by ratings on the command line and in a file.
+    rated, answers = model.ids.items[:3].to_frame("item"), []
+    for ratings in ([5, 1, 4], [1, 5, 2]):
+        rated.with_columns(rating=polars.Series(ratings)).write_csv(trained.out / "mine.csv")
+        answers.append(trained.ask("recommend", "--rated", trained.out / "mine.csv")["items"])
+    assert answers[0] != answers[1]
+    assert not {each["item"] for each in answers[0]} & set(rated["item"])
+    if rated["item"].dtype != polars.String:  # there are commas in the others
+        text = ",".join(map("{}:{}".format, rated["item"], (1, 5, 2)))
+        assert trained.ask("recommend", "--rated", text)["items"] == answers[1]
 
 
-def test_recommend_to_a_new_user(trained):
-    """From ratings on the command line and in a file, the same."""
-    items = trained.model.item_ids[:3]
-    rated = [(item, rating) for item, rating in zip(items, (5, 1, 4), strict=True)]
-    expected = as_json(collab.recommend(trained.model, rated=rated, n=5))
-    polars.DataFrame(rated, ["item", "rating"], orient="row").write_csv(trained.folder / "mine.csv")
-    assert_same(trained.ask("recommend", "--rated", "mine.csv", "-n", 5)["items"], expected)
-    if trained.name == "ml-100k":
-        text = ",".join(f"{item}:{rating}" for item, rating in rated)
-        assert_same(trained.ask("recommend", "--rated", text, "-n", 5)["items"], expected)
-    opposite = [(item, 6 - rating) for item, rating in rated]
-    assert as_json(collab.recommend(trained.model, rated=opposite, n=5)) != expected
+def test_similar_info_and_interpret(trained):
+    found = trained.ask("similar", "--item", trained.item, "-n", 4)
+    expected = collab.find_similar(trained.model, trained.item, n=4)
+    assert found.items() >= {"item": trained.item, "items": as_json(expected)}.items()
+    items = collab.interpret(trained.model)
+    expected = {"most": as_json(items.head(5)), "least": as_json(items.reverse().head(5))}
+    assert trained.ask("interpret", "-n", 5) == expected
+    figures = json.loads((trained.out / "m.json").read_text())
+    assert (
+        trained.ask("info").items() >= {n: v for n, v in figures.items() if n != "epochs"}.items()
+    )
 
 
-def test_recommend_to_all(trained):
-    output = trained.folder / f"all.{ENDINGS[trained.name]}"
-    out = trained.run("recommend", "m.pt", "--all-users", "--output", output, "-n", 3)
-    n_users = len(trained.model.user_ids)
-    assert out == f"up to 3 items for each of {n_users:,} users in {output}\n"
-    table = read_table(output)
-    assert len(table) == 3 * n_users
-    for user in (trained.user, trained.model.user_ids[0], trained.model.user_ids[-1]):
-        part = table.filter(polars.col("user") == user)
-        expected = collab.recommend(trained.model, user, n=3)
-        assert part["rank"].to_list() == [1, 2, 3]
-        assert part["item"].to_list() == [each.item for each in expected]
-        assert part["rating"].to_list() == pytest.approx([e.rating for e in expected], abs=1e-5)
-    blocks = list(collab.recommend_all(trained.model, n=3, block=7))
-    assert polars.concat(blocks)["item"].cast(table["item"].dtype).equals(table["item"])
+def test_pictures(trained):
+    """SVG, of which the texts can be read back: matplotlib says each in a comment."""
+    (trained.out / "b.json").write_text((trained.out / "m.json").read_text())
+    most = collab.interpret(trained.model).sort("n_ratings")["title"][-1]
+    texts = {"map m.pt": {most}, "plot m.json b.json": {"epoch", "test MSE", "m", "b"}}
+    for command, expected in texts.items():
+        done = call(trained.out, *command.split(), "--output", "x.svg")
+        text = (trained.out / "x.svg").read_text()
+        assert xml.etree.ElementTree.fromstring(text).tag.endswith("svg"), done.stderr
+        found = {each.strip()[:33] for each in re.findall(r"<!--(.*?)-->", text, re.DOTALL)}
+        assert {text[:33] for text in expected} <= found
+    plot = ("lr-find", *trained.source, "--plot", trained.out / "lr.png")
+    found = json.loads(call(trained.folder, *plot, "--json").stdout)
+    assert (trained.out / "lr.png").read_bytes().startswith(b"\x89PNG")
+    assert 1e-4 == found["lrs"][0] < found["valley"] < 1
+    if not trained.source:
+        assert found == as_json(collab.find_lr(collab.prepare(collab.read())))
 
 
-def test_similar(trained):
-    asked = trained.item
-    if trained.model.titles is not None:  # a part of the title, in another case
-        asked = trained.model.titles[collab.find_row(trained.model.item_ids, asked)][:-1].upper()
-    found = trained.ask("similar", "--item", asked, "-n", 4)
-    assert found["item"] == trained.item
-    assert_same(found["items"], as_json(collab.find_similar(trained.model, trained.item, n=4)))
-    assert 1 > found["items"][0]["similarity"] > found["items"][3]["similarity"] > -1
+# Processes.
 
 
-def test_info(trained):
-    found = trained.ask("info")
-    assert found == as_json(collab.describe_model(trained.model))
-    assert found["mse"] == json.loads((trained.folder / "m.json").read_text())["mse"]
+@pytest.fixture
+def start(tmp_path):
+    """Start `python collab.py ...`, or another beginning of a command, in an empty folder."""
+    started = []
 
+    def start(*arguments, program=(ROOT / "collab.py",), **environment):
+        command = [sys.executable, *map(str, (*program, *arguments))]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        options = {"cwd": tmp_path, "env": os.environ | environment, "text": True, **pipes}
+        started.append(subprocess.Popen(command, **options))
+        return started[-1]
 
-def test_interpret(trained):
-    found = trained.ask("interpret", "-n", 5, "--output", "likings.png")
-    most, least = collab.interpret(trained.model, n=5)
-    assert_same(found, {"most": as_json(most), "least": as_json(least)})
-    assert most[0].rating > most[4].rating > least[4].rating > least[0].rating
-    assert_picture(trained.folder / "likings.png")
-
-
-def test_map(trained):
-    """SVG, of which the texts can be read back."""
-    trained.run("map", "m.pt", "--output", "map.svg")
-    counts = collab.count_ratings(trained.model)
-    title = collab.shorten(collab.find_title(trained.model, counts.argmax().item()))
-    assert title in read_comments(trained.folder / "map.svg")
-
-
-def test_plot(trained):
-    """Runs of one name in two folders are two curves."""
-    (trained.folder / "other").mkdir()
-    (trained.folder / "other" / "m.json").write_text((trained.folder / "m.json").read_text())
-    trained.run("plot", "m.json", "other/m.json", "--output", "runs.svg")
-    texts = read_comments(trained.folder / "runs.svg")
-    assert {"epoch", "test MSE", "learning rate (solid)", "momentum (dotted)"} <= texts
-    assert {"m.json", "other/m.json"} <= texts
-
-
-def read_comments(path):
-    """The texts of an SVG of matplotlib's, which says each in a comment beside its outlines."""
-    text = path.read_text()
-    xml.etree.ElementTree.fromstring(text)
-    return {each.strip() for each in re.findall(r"<!-- (.*?) -->", text, re.DOTALL)}
-
-
-def assert_picture(path):
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert path.stat().st_size > 10_000
-
-
-def test_lr_find(trained):
-    arguments = ("lr-find", *trained.source, "--plot", "lr.png", "--json")
-    found = json.loads(trained.run(*arguments))
-    assert_picture(trained.folder / "lr.png")
-    where = {"ratings": trained.folder / trained.source[1]} if trained.source else {}
-    names = ("user", "item", "rating", "timestamp")
-    where["columns"] = dict(zip(names, trained.columns[1::2], strict=False))
-    curve = collab.find_lr(collab.set_up(collab.read(**where)))
-    assert_same(found, as_json(curve))
-    assert 1e-4 < found["valley"] < 1
-    assert found["lrs"][0] == 1e-4
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.parametrize(
-    "options",
-    [(), ("--recipe", "best", "--ensemble", "2", "--n-factors", "4", "--batch-size", "512")],
+    "options", ["", "--recipe best --ensemble 2 --n-factors 4 --batch-size 512"]
 )
-def test_killed_at_any_moment_it_goes_on_to_the_same_bits(tmp_path, ratings, options):
-    """Real processes, `kill -9`: at random moments, and while a checkpoint is written."""
-    write_some(tmp_path, ratings)
-    command = [sys.executable, ROOT / "collab.py", "train"]
-    fresh = ["--ratings", "some.parquet", "--epochs", "60", "--seed", "3", *options]
-
-    def start(*arguments):
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        return subprocess.Popen([*command, *arguments], cwd=tmp_path, **quiet)
-
-    assert start(*fresh, "--save", "whole.pt").wait() == 0
-    arguments, n_done = [*fresh, "--checkpoint", "c.pt"], 0
+def test_killed_at_any_moment_it_goes_on_to_the_same_bits(tmp_path, small, start, options):
+    """`kill -9` at random moments, and while a checkpoint is written."""
+    fresh = ("train", "--ratings", small / "r.parquet", "--epochs", 60, *options.split())
+    whole, arguments, before = start(*fresh, "--save", "whole.pt"), (*fresh, "--checkpoint", "c"), 0
     for moment in ("writing", "random"):
-        process, before = start(*arguments), find_inode(tmp_path / "c.pt")
-        while find_inode(tmp_path / "c.pt") == before:  # an epoch further than before
+        process, path = start(*arguments), tmp_path / "c"
+        while not path.exists() or path.stat().st_ino == before:  # an epoch further
             assert process.poll() is None
             time.sleep(0.001)
-        if moment == "random":
-            time.sleep(random.random() / 10)
-        else:
-            while not list(tmp_path.glob(".*.part")):
-                assert process.poll() is None
+        time.sleep(random.random() / 10 * (moment == "random"))
+        while moment == "writing" and not list(tmp_path.glob(".*.part")):
+            assert process.poll() is None
         process.kill()
         process.wait()
-        assert n_done < read_rows(tmp_path / "c.pt") < 60
-        n_done, arguments = read_rows(tmp_path / "c.pt"), ["--resume", "c.pt"]
-    assert start("--resume", "c.pt", "--save", "parts.pt", "--metrics", "m.json").wait() == 0
+        before, arguments = path.stat().st_ino, ("train", "--resume", "c")
+    parts = start("train", "--resume", "c", "--save", "parts.pt")
+    assert [len(each.communicate()[0].splitlines()) for each in (whole, parts)] == [62, 62]
     whole, parts = (collab.load_model(tmp_path / name) for name in ("whole.pt", "parts.pt"))
-    for ours, theirs in zip(whole.params, parts.params, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert len(json.loads((tmp_path / "m.json").read_text())["epochs"]) == 60
-    assert whole.figures["mse"] == parts.figures["mse"]
+    assert torch.equal(whole.tensors["tables"], parts.tensors["tables"])
 
 
-def find_inode(path):
-    """Which file a name is of: another one after each checkpoint."""
-    return path.stat().st_ino if path.exists() else None
+WAITING = ["a pipe without a writer", "rank 0", "rank 1"]
+IMPORTS = ["click._compat", "polars.dataframe", "torch._C", "torch.nn"]
 
 
-def read_rows(path):
-    """How many epochs a checkpoint is after, 0 without one."""
-    return len(collab.load_checkpoint(path)["rows"]) if path.exists() else 0
+@pytest.mark.parametrize("signals", [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGINT,) * 2])
+@pytest.mark.parametrize("state", [*WAITING, *IMPORTS, "training"])
+def test_a_signal_stops_all_that_takes_time(start, tmp_path, small, state, signals):
+    """In one line or none, and nothing is left half-written."""
+    (tmp_path / "m.pt").write_text("old")
+    os.mkfifo(tmp_path / "pipe")
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29_000 + os.getpid() % 10_000)}
+    where |= {"WORLD_SIZE": "2", "RANK": state[-1]} if "rank" in state else {}
+    program = (
+        ("-X", "importtime", ROOT / "collab.py") if state in IMPORTS else (ROOT / "collab.py",)
+    )
+    ratings = "pipe" if state in WAITING else small / "r.parquet"
+    command = ("train", "--ratings", ratings, "--epochs", 10**6, "--save", "m.pt")
+    process, times = start(*command, program=program, **where), []
+    while state in IMPORTS and state not in process.stderr.readline():
+        pass
+    for _ in range(3 * (state == "training")):  # two epochs are through
+        process.stdout.readline()
+    while state in WAITING and (len(times) < 8 or times[-1] > times[-8]):  # it is at work
+        time.sleep(0.1)
+        figures = Path(f"/proc/{process.pid}/stat").read_text().split()
+        times.append(sum(map(int, figures[13:15])))
+    for each in signals:
+        process.send_signal(each)
+    lines = process.communicate(timeout=10)[1].splitlines()
+    lines = [line for line in lines if not re.match("79 users|without a|import time:", line)]
+    assert len(lines) <= 1, lines
+    assert process.returncode in (130, 143, -15)
+    assert sorted(os.listdir(tmp_path)) == ["m.pt", "pipe"]
+    assert (tmp_path / "m.pt").read_text() == "old"
+
+
+@pytest.mark.parametrize("end", ["1>&-", "2>&-", "| head -n 1", "2>&1 | head -n 0"])
+def test_a_stream_that_is_closed_is_no_failure(tmp_path, small, end):
+    command = f"'{sys.executable}' '{ROOT / 'collab.py'}' train --ratings '{small / 'r.parquet'}'"
+    command = f"set -o pipefail; {command} --epochs 30 --save m.pt --metrics m.json {end}"
+    options = {"cwd": tmp_path, "capture_output": True, "text": True}
+    done = subprocess.run(["bash", "-c", command], **options)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+    assert json.loads((tmp_path / "m.json").read_text())["n_users"] == 79
+    assert collab.load_model(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize(("name", "flags"), [(b"r.csv", FLAGS), (b"r.parquet", ())])
+def test_a_file_of_any_name(tmp_path, small, start, name, flags):
+    """A name that is no UTF-8: the model is saved, loaded, and told of."""
+    path = tmp_path / os.fsdecode(b"\xff\xfe" + name)
+    path.write_bytes((small / os.fsdecode(name)).read_bytes())
+    train = ("train", "--ratings", path.name, "--epochs", 1, "--save", "m.pt", "--checkpoint", "c")
+    for command in ((*train, *flags), ("info", "m.pt"), ("train", "--resume", "c")):
+        process = start(*command)
+        assert (process.communicate()[1].count("Traceback"), process.returncode) == (0, 0)
+
+
+@pytest.mark.parametrize("command", [(), ("--help",), ("train", "--help")])
+def test_help_imports_nothing_heavy(start, command):
+    code = "import sys, collab, atexit; sys.argv[0] = 'collab.py'; heavy = {'numpy', 'torch._C'}\n"
+    code += "atexit.register(lambda: print(*heavy & {*sys.modules}))\ncollab.main()"
+    out, errors = start(*command, program=("-c", code), PYTHONPATH=str(ROOT)).communicate()
+    assert (out or errors).startswith("Usage: collab.py") or errors.startswith("Usage: collab.py")
+    assert out.splitlines()[-1] == ""

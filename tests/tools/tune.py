@@ -1,25 +1,22 @@
 """Search around a recipe's values, on a validation part of the training part.
 
-`python tests/tune.py default.jsonl` tries values around those of `default`, `python tests/tune.py
---recipe best --splits ua,u1 --trials 60 best.jsonl` around those of `best`; the first trial is the
-recipe as it is. A test part is never read: each trial trains on nine tenths of the training part of
-each split, drawn by a seed, with the values fitted to it as those of a recipe are
-(`collab.fit_recipe`), and is judged by the mean of its errors on the tenths left. A trial is a line
-of the file; an interrupted search goes on where it stopped. The best trials are printed last.
+`python tests/tools/tune.py default.jsonl` tries values around those of `default`, `python
+tests/tools/tune.py --recipe best --splits ua,u1 --trials 60 best.jsonl` around those of `best`; the
+first trial is the recipe as it is. A test part is never read: each trial trains on nine tenths of
+the training part of each split, drawn by a seed, with the values fitted to it as those of a recipe
+are, and is judged by the mean of its errors on the tenths left. A trial is a line of the file; an
+interrupted search goes on where it stopped. The best trials are printed last.
 """
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import click
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import notice
 
 import collab
-import data
 
 GRIDS = {
     # At most 1,239 steps on small tables: whatever wins trains in about a second.
@@ -56,23 +53,19 @@ def draw(recipe, number):
     return drawn
 
 
-def validate(task, options, seed):
-    """The MSE of a training with a recipe's options, fitted to the task."""
-    ratings = task.train[2]
-    about = {"ratings": ratings, "n_rows": sum(map(len, task.ids))}
-    clip = collab.find_range(ratings)
-    options = collab.fit_recipe(options, {}, **about, clip=clip, notice=lambda line: None)
-    *_, (_, row) = collab.fit(task, options=options, seed=seed, clip=clip)
-    return row["mse"]
+def validate(source, recipe, drawn, split, seed):
+    """The MSE on a tenth held out of the training part of `split`."""
+    collab.RECIPES["trial"] = collab.RECIPES[recipe] | drawn  # as a recipe, it is fitted to data
+    task = collab.prepare(source, "trial", split=split, holdout=0.1, seed=seed)
+    return collab.train_model(task).figures["mse"]
 
 
 def read_trials(file, search):
     """The trials of an interrupted search. ClickException if `file` holds those of another."""
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     if lines and not lines[-1].endswith("\n"):  # cut off while it was written
-        lines.pop()
-        data.write_file(file, "".join(lines).encode())
-    trials = [json.loads(line) for line in lines]
+        file.write_text("".join(lines[:-1]))
+    trials = [json.loads(line) for line in lines if line.endswith("\n")]
     for trial in trials:
         if {name: trial[name] for name in search} != search:
             raise click.ClickException(f"{file} holds trials of another search, {trial}")
@@ -87,20 +80,11 @@ def read_trials(file, search):
 def main(file, recipe, splits, trials):
     """Run trials until FILE has --trials of them."""
     torch.set_num_threads(1)
-    folder = data.get_ml_100k(notice=lambda line: click.echo(line, err=True))
-    ratings = data.read_ratings(folder / "u.data")
-    about = {"users": data.read_users(folder), "items": data.read_items(folder)}
-    features = collab.RECIPES[recipe]["features"]
-    tasks = []
-    for seed, split in enumerate(splits.split(",")):
-        frames = collab.cut(ratings, split, seed=seed, holdout=0.1)
-        tasks.append(collab.prepare(*frames, features, **about))
-    search = {"recipe": recipe, "splits": splits}
+    source, search = collab.read(notice=notice), {"recipe": recipe, "splits": splits}
     done = read_trials(file, search)
     for number in range(len(done), trials):
-        drawn = draw(recipe, number)
-        options = collab.RECIPES[recipe] | drawn
-        errors = [validate(task, options, seed) for seed, task in enumerate(tasks)]
+        drawn, parts = draw(recipe, number), enumerate(splits.split(","))
+        errors = [validate(source, recipe, drawn, split, seed) for seed, split in parts]
         done.append({**search, "mse": sum(errors) / len(errors), "options": drawn})
         with file.open("a") as lines:
             lines.write(json.dumps(done[-1]) + "\n")

@@ -1,7 +1,7 @@
 """Settle the notebook's question: each of its experiments, with its shapes and with them right.
 
-`python tests/reproduce.py` runs them on ml-100k's ua split and prints the notebook's figures beside
-ours: the last epoch's training loss and test MSE, of predictions that are not clipped.
+`python tests/tools/reproduce.py` runs them on ml-100k's ua split and prints the notebook's figures
+beside ours: the last epoch's training loss and test MSE, of predictions that are not clipped.
 
 The notebook adds biases of shape (B, 1) to dot products of shape (B,). The sum is (B, B), with the
 biases of pair i in row i and the dot product of pair j in column j, and its loss averages over all
@@ -9,15 +9,12 @@ of them. With fastai's model the predictions are (B,), but its loop compares the
 shape (B, 1): every prediction with every rating.
 """
 
-import sys
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import click
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import echo_heads, echo_row, notice
 
 import data
 import model
@@ -84,6 +81,30 @@ def broadcast_mse(params, part, *, predict):
     return total / len(part.ratings) ** 2
 
 
+def make_table(experiment, ids, generator):
+    options = {"n_factors": 40, "generator": generator, "std": experiment.std or 1.0}
+    params = model.init_params(*map(len, ids), **options)
+    if experiment.std is None:
+        params = [torch.randn(table.shape, generator=generator) for table in params]
+    return model.join(model.Params(*params))
+
+
+def choose_shapes(experiment, n_users, broadcast):
+    """`loss_and_grad`, and a function of params and test part that finds the test MSE."""
+    if not broadcast:
+        head = model.bounded(*experiment.y_range)
+        loss_and_grad = partial(model.loss_and_grad, n_users=n_users, head=head)
+
+        def find_mse(params, part):
+            return train.evaluate(partial(model.predict, params, head=head), *part).mse
+
+        return loss_and_grad, find_mse
+    predict = predict_columns if experiment.is_fastai_model else predict_all_pairs
+    predict = partial(predict, y_range=experiment.y_range)
+    loss_and_grad = partial(broadcast_loss_and_grad, n_users=n_users, predict=predict)
+    return loss_and_grad, partial(broadcast_mse, predict=predict)
+
+
 def with_l2(loss_and_grad, l2):
     """L2 in the gradient, as `torch.optim.Adam`'s weight_decay: Adam rescales it."""
 
@@ -94,77 +115,40 @@ def with_l2(loss_and_grad, l2):
     return regularised
 
 
-def run(experiment, part, test_part, ids, *, broadcast, n_epochs, seed):
+def run(experiment, part, test_part, ids, *, broadcast):
     """Return the training loss and the test MSE after the last epoch."""
-    generator, n_users = torch.Generator().manual_seed(seed), len(ids.users)
-    params = model.init_params(
-        n_users,
-        len(ids.items),
-        n_factors=40,
-        generator=generator,
-        std=experiment.std or 1.0,
-    )
-    if experiment.std is None:
-        params = model.Params(*(torch.randn(p.shape, generator=generator) for p in params))
-    y_range = experiment.y_range
-    if broadcast:
-        predict = predict_columns if experiment.is_fastai_model else predict_all_pairs
-        predict = partial(predict, y_range=y_range)
-        loss_and_grad = partial(broadcast_loss_and_grad, n_users=n_users, predict=predict)
-    else:
-        head = model.bounded(*y_range)
-        loss_and_grad = partial(model.loss_and_grad, n_users=n_users, head=head)
+    generator, n_users, lr = torch.Generator().manual_seed(0), len(ids.users), experiment.lr
+    table = make_table(experiment, ids, generator)
+    loss_and_grad, find_mse = choose_shapes(experiment, n_users, broadcast)
     if experiment.l2:
         loss_and_grad = with_l2(loss_and_grad, experiment.l2)
-    batches = {"batch_size": 64, "drop_last": experiment.drop_last}
-    n_steps = n_epochs * train.count_batches(len(part.ratings), **batches)
-    if experiment.is_cyclic:
-        pace = schedule.one_cycle(n_steps, lr_max=experiment.lr)
-    else:
-        pace = schedule.constant(lr=experiment.lr)
-    table = model.join(params)
-    for epoch in train.fit(  # noqa: B007
-        [table],
-        *part,
-        loss_and_grad=loss_and_grad,
-        optimizer=schedule.adamw(pace, weight_decay=experiment.weight_decay),
-        n_epochs=n_epochs,
-        generator=generator,
-        **batches,
-    ):
-        pass
-    params = model.split_table(table, n_users)
-    if broadcast:
-        mse = broadcast_mse(params, test_part, predict=predict)
-    else:
-        predict = partial(model.predict, params, head=head)
-        mse = train.evaluate(predict, *test_part).mse
-    return epoch.train_loss, mse
+    options = {"batch_size": 64, "drop_last": experiment.drop_last}
+    n_steps = experiment.n_epochs * train.count_batches(len(part.ratings), **options)
+    cycle, steady = schedule.one_cycle(n_steps, lr_max=lr), schedule.Pace(lr, 0.9)
+    pace = cycle if experiment.is_cyclic else lambda step: steady
+    options["optimizer"] = schedule.adamw(pace, weight_decay=experiment.weight_decay)
+    options |= {"n_epochs": experiment.n_epochs, "generator": generator}
+    *_, last = train.fit([table], *part, loss_and_grad=loss_and_grad, **options)
+    return last.train_loss, find_mse(model.split_table(table, n_users), test_part)
 
 
 @click.command()
 @click.option("--only", multiple=True, help="Run only the experiments whose name has this in it.")
-@click.option("--epochs", type=click.IntRange(1), help="Cut every experiment to this many.")
-@click.option("--seed", type=int, default=0, show_default=True)
-def main(only, epochs, seed):
+def main(only):
     """Run the notebook's experiments twice and print its figures beside ours."""
     torch.set_num_threads(1)
-    folder = data.get_ml_100k(notice=lambda line: click.echo(line, err=True))
-    part, test_part, ids = data.to_tensors(*data.split(data.read_ratings(folder / "u.data"), "ua"))
-    click.echo("| experiment | notebook | the notebook's shapes | the right shapes |")
-    click.echo("|---|---|---|---|")
+    ratings = data.read_ratings(data.get_dataset("ml-100k", notice=notice))
+    parts = data.to_tensors(*data.split(ratings, "ua"))
+    echo_heads("experiment", "notebook", "the notebook's shapes", "the right shapes")
     for experiment in EXPERIMENTS:
         if only and not any(name in experiment.name for name in only):
             continue
-        figures = [experiment.notebook]
-        for broadcast in (True, False):
-            n_epochs = epochs or experiment.n_epochs
-            losses = run(
-                experiment, part, test_part, ids, broadcast=broadcast, n_epochs=n_epochs, seed=seed
-            )
-            figures.append(losses)
-        cells = ["{:.3f}, {:.3f}".format(*pair) if pair else "crashed" for pair in figures]
-        click.echo(f"| {' | '.join([experiment.name, *cells])} |")
+        both = [run(experiment, *parts, broadcast=broadcast) for broadcast in (True, False)]
+        cells = [
+            "{:.3f}, {:.3f}".format(*pair) if pair else "crashed"
+            for pair in (experiment.notebook, *both)
+        ]
+        echo_row(experiment.name, *cells)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ that the training part does not have is none. No test rating is read.
 
 import math
 from collections import defaultdict
+from functools import partial
 from importlib.metadata import version
 from typing import NamedTuple
 
@@ -25,14 +26,17 @@ class Side(NamedTuple):
     features: dict  # {id: [feature, ...]}
 
 
+DAY = 86400  # seconds
+TIMES = {
+    "user day": lambda row: (row.user, row.timestamp // DAY),
+    "day": lambda row: row.timestamp // DAY,
+}
+FULL = ("id", "implicit", "user day", "day", "side")
 SYSTEMS = {  # what the features are made of; whether the ratings are taken as ordered levels
-    "ids": (("id",), False),
-    "ids + implicit": (("id", "implicit"), False),
-    "ids + implicit + user's day": (("id", "implicit", "user day"), False),
-    "ids + implicit + user's day + day + side, ordered probit": (
-        ("id", "implicit", "user day", "day", "side"),
-        True,
-    ),
+    "ids": (FULL[:1], False),
+    "ids + implicit": (FULL[:2], False),
+    "ids + implicit + user's day": (FULL[:3], False),
+    "ids + implicit + user's day + day + side, ordered probit": (FULL, True),
 }
 N_DRAWS = 300
 
@@ -67,23 +71,14 @@ def side_matrices(names, train, side, kinds):
     return blocks
 
 
-def day_matrices(rows, train, kinds):
-    """The blocks of features of when a rating was given."""
-
-    def user_day(row):
-        return row.user, row.timestamp // 86400
-
-    def day(row):
-        return row.timestamp // 86400
-
-    told = [tell for kind, tell in (("user day", user_day), ("day", day)) if kind in kinds]
-    return [encode([[tell(row)] for row in rows], set(map(tell, train))) for tell in told]
-
-
 def assemble(train, test, sides, kinds):
     """myFM's arguments: `(X, X_rel)` of the training and of the test part, and the group sizes."""
     parts = (train, test)
-    main = [day_matrices(rows, train, kinds) for rows in parts]
+    times = [find for kind, find in TIMES.items() if kind in kinds]
+    main = [
+        [encode([[find(row)] for row in rows], set(map(find, train))) for find in times]
+        for rows in parts
+    ]
     sizes = [block.shape[1] for block in main[0]]
     relations = [[], []]
     for side in sides:
@@ -99,34 +94,23 @@ def assemble(train, test, sides, kinds):
     return *zip(matrices, relations, strict=True), sizes
 
 
-def fit_predict(train, test, sides, kinds, is_ordered):
-    """Predictions of the test part, and the times of the fit."""
-    (matrix, relations), (test_matrix, test_relations), sizes = assemble(train, test, sides, kinds)
+def systems(folder):
+    train, test = peer.read_parts(folder)
     ratings = numpy.array([row.rating for row in train])
-    options = {"X_rel": relations, "group_shapes": sizes, "n_iter": N_DRAWS}
-    if not is_ordered:
-        model = MyFMRegressor(rank=10, random_seed=peer.SEED)
-        _, times = peer.measure(lambda: model.fit(matrix, ratings, **options))
-        return model.predict(test_matrix, test_relations), times
     levels, classes = numpy.unique(ratings, return_inverse=True)
-    model = MyFMOrderedProbit(rank=10, random_seed=peer.SEED)
-    _, times = peer.measure(lambda: model.fit(matrix, classes, **options))
-    return model.predict_proba(test_matrix, test_relations) @ levels, times
-
-
-def main():
-    folder = peer.folder()
-    train, test = (peer.read_ratings(folder / f"{part}.tsv") for part in ("train", "test"))
     sides = (
         Side("user", "item", peer.read_features(folder / "users.tsv")),
         Side("item", "user", peer.read_features(folder / "items.tsv")),
     )
-    results = []
     for name, (kinds, is_ordered) in SYSTEMS.items():
-        predictions, times = fit_predict(train, test, sides, kinds, is_ordered)
-        results.append(peer.result(f"myFM {version('myfm')} {name}", predictions, times))
-    peer.write(folder, results)
+        part, test_part, sizes = assemble(train, test, sides, kinds)
+        model = (MyFMOrderedProbit if is_ordered else MyFMRegressor)(rank=10, random_seed=peer.SEED)
+        options = {"X_rel": part[1], "group_shapes": sizes, "n_iter": N_DRAWS}
+        fit = partial(model.fit, part[0], classes if is_ordered else ratings, **options)
 
+        def predict(model, is_ordered=is_ordered, test_part=test_part):
+            if is_ordered:
+                return model.predict_proba(*test_part) @ levels
+            return model.predict(*test_part)
 
-if __name__ == "__main__":
-    main()
+        yield f"myFM {version('myfm')} {name}", fit, predict

@@ -1,0 +1,122 @@
+"""The tools, in small: no time is asserted, but what they measure is what they say."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy
+import polars
+import pytest
+from click.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
+
+import bench
+import common
+import panel
+import peers
+import scale
+
+
+def run(tool, *arguments):
+    """Rows of the Markdown tables that a tool prints, as lists of cells; lines on stderr."""
+    done = CliRunner().invoke(tool.main, list(map(str, arguments)), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    return [line.strip("| ").split(" | ") for line in lines], done.stderr.splitlines()
+
+
+def test_a_synthetic_set_has_the_shape_it_says(tmp_path):
+    n_ratings = 50_000
+    scale.make(tmp_path / "a.csv", n_ratings)
+    frame = polars.read_csv(tmp_path / "a.csv")
+    assert frame.columns == ["userId", "movieId", "rating", "timestamp"]
+    assert len(frame) == n_ratings == len(frame.unique(["userId", "movieId"]))
+    assert frame.equals(frame.sort("userId", "movieId"))
+    users, items = (frame[name].value_counts()["count"] for name in ("userId", "movieId"))
+    assert (len(users), len(items)) == (326, 1000)  # 50,000 / 25,000,095 of 162,541, and the least
+    assert min(users.max() / users.min(), items.max() / items.min()) > 3
+    assert set((2 * frame["rating"]).unique()) <= set(map(float, range(1, 11)))
+    scale.make(tmp_path / "b.csv", n_ratings)
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+
+
+def test_what_is_measured_takes_turns(capsys):
+    calls = []
+
+    def measure(name, seconds):
+        calls.append(name)
+        return [{"system": name, "seconds": seconds[calls.count(name) - 1], "mse": 2.0}]
+
+    measures = [lambda: measure("slow", [4, 2, 3]), lambda: measure("fast", [1, 2, 1])]
+    bench.show(bench.take_turns(measures, 3))
+    assert calls == ["slow", "fast"] * 3
+    *_, slow, fast = capsys.readouterr().out.splitlines()
+    assert slow == "| slow | 3 | 2 to 4 | 2.0000 |  |"
+    assert fast == "| fast | 1 | 1 to 2 | 2.0000 |  |"
+
+
+def test_peers_are_judged_like_us():
+    """Clipped to the training ratings, on four numbers."""
+    train, test = numpy.array([2.0, 4.0]), numpy.array([1.0, 5.0, 3.0, 3.0])
+    result = {"system": "x", "predictions": [0, 9, 3, 3.5], "seconds": 1}
+    row = peers.judge(result, train, test)
+    assert row["mse"] == pytest.approx((1 + 1 + 0 + 0.25) / 4)
+    assert row["rmse"] == pytest.approx(row["mse"] ** 0.5)
+    for predictions, message in (([1, 2, 3, numpy.nan], "1 predictions are not"), ([1], "shape")):
+        with pytest.raises(ValueError, match=message):
+            peers.judge(result | {"predictions": predictions}, train, test)
+    assert common.spread([1.0, 2.0, 6.0], 2) == "3.00 ± 2.65"
+
+
+PEER = """
+import json, sys
+name, folder, *arguments = sys.argv[1:]
+n_test = len(open(folder + "/test.tsv").readlines())
+result = {"system": " ".join([name, *arguments]), "predictions": [3.0] * n_test, "seconds": 9.0}
+json.dump([result], open(folder + "/results.json", "w"))
+"""
+
+
+def test_large_sets_beside_a_peer(tmp_path, monkeypatch):
+    (tmp_path / "cmfrec" / "bin").mkdir(parents=True)
+    (tmp_path / "cmfrec" / "bin" / "python").symlink_to(sys.executable)
+    for name in ("cmfrec.txt", "cmfrec/installed.txt"):
+        (tmp_path / name).write_text("cmfrec\n")
+    (tmp_path / "peer.py").write_text(PEER)
+    monkeypatch.setenv("COLLAB_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(peers, "FOLDER", tmp_path)
+    monkeypatch.setattr(bench, "THREADS", 1)
+    rows, _ = run(bench, "--scale", "--sizes", 20_000, "--repeats", 1, "--venvs", tmp_path)
+    assert rows[1][:2] == ["cmfrec 12 6", "9"]
+    assert 0.5 < float(rows[2][3]) < float(rows[1][3]) < 2, "ours is better than threes"
+    assert int(rows[2][4]) > 100
+    own = "--ratings", tmp_path / "scale" / "ratings-20000.csv"
+    rows, _ = run(bench, *own, "--repeats", 1, "--venvs", tmp_path)
+    assert [row[0] for row in rows[1:]] == ["cmfrec 40 8", "ours"]
+
+
+def write(path, names="user,item,rating"):
+    """A table of what 20 items get from 20 users, some kind, some not; a third is missing."""
+    rng = numpy.random.default_rng(0)
+    stars = rng.normal(3, 1, (20, 1)) + rng.normal(0, 1, (1, 20))
+    pairs = numpy.argwhere(rng.random((20, 20)) < 2 / 3)
+    lines = [f"{user},{item},{stars[user, item].round().clip(1, 5)}" for user, item in pairs]
+    path.write_text("\n".join([names, *lines]) + "\n")
+    return len(pairs)
+
+
+def test_a_panel_of_tables(tmp_path):
+    n_ratings = write(tmp_path / "a.csv")
+    write(tmp_path / "b.csv", names="user,place,rating")
+    write(tmp_path / "c_train.csv")
+    (tmp_path / "c_test.tsv").write_text("30\t1\t3\n30\t2\t4\n")
+    (tmp_path / "d.csv").write_text("no table\n")
+    (tmp_path / "options.json").write_text(json.dumps({"b.csv": {"columns": {"item": "place"}}}))
+    (_, a, b, c), (skipped,) = run(panel, tmp_path, "--seeds", 2, "--recipe", "default")
+    n_train = n_ratings - n_ratings // 10
+    assert a[:3] == ["a.csv", str(n_train), f"{n_train / 40:.1f}"]
+    assert b == ["b.csv", *a[1:]]
+    assert c[:3] == ["c_train.csv", str(n_ratings), f"{n_ratings / 40:.1f}"]  # 30 is of the test
+    assert float(a[4]) < float(a[3])
+    assert skipped.startswith("d.csv: skipped: ")

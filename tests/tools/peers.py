@@ -1,0 +1,174 @@
+"""Measure other rating predictors on our splits, for the README's table.
+
+`python tests/tools/peers.py --install --ours` makes a virtual environment for each peer and prints
+a Markdown table of them and of our recipes; without `--install`, a peer that is not there is
+skipped.
+
+A peer is `peers/NAME_fit.py`, run by `peers/peer.py` in an environment with the packages of
+`peers/NAME.txt`, and of `peers/NAME.nodeps.txt` where there are packages whose own needs are to be
+left out. It is given a folder with train.tsv and test.tsv, and in users.tsv and items.tsv what is
+known of them, fits one or several systems, and writes results.json: a list of {system, predictions,
+seconds}, with a prediction for each row of test.tsv. It could read the test ratings: that none does
+is a matter of reading the scripts. Errors are worked out here, all alike, of predictions clipped to
+the range of the training part. Seconds are of the fit alone, one thread.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import click
+import numpy
+import polars
+from common import echo_heads, echo_row, notice, train
+
+import collab
+import data
+
+FOLDER = Path(__file__).resolve().parent / "peers"
+PEERS = ("surprise", "cornac", "cmfrec", "lenskit", "myfm", "fastai")  # the slowest last
+SPLITS = {"ua": "mse", "u1": "rmse"}
+LIBRARIES = "OMP", "OPENBLAS", "MKL", "RAYON", "LK"
+THREADS = [f"{name}_NUM_THREADS" for name in LIBRARIES] + ["LK_NUM_BACKEND_THREADS"]
+
+
+def run(*command, threads=1):
+    """Run a command. RuntimeError with its last line of errors if it fails."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        env=os.environ | dict.fromkeys(THREADS, str(threads)),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise RuntimeError(lines[-1])
+
+
+def prepare(names, venvs, *, is_install=False):
+    """The environments that can be used, `{name: folder}`, with a notice of each that can't."""
+    ready = {}
+    for name in names:
+        venv, needs = venvs / name, [FOLDER / f"{name}.txt", FOLDER / f"{name}.nodeps.txt"]
+        needs = {path: path.read_text() for path in needs if path.exists()}
+        stamp = venv / "installed.txt"  # what an environment was made for, once it is whole
+        try:
+            if is_install and not (stamp.exists() and stamp.read_text() == "".join(needs.values())):
+                notice(f"{name}: installing in {venv}")
+                run(sys.executable, "-m", "venv", "--clear", venv)
+                for path in needs:
+                    options = ["--no-deps"] if ".nodeps." in path.name else []
+                    install = venv / "bin" / "python", "-m", "pip", "install", "--quiet"
+                    run(*install, *options, "--requirement", path)
+                stamp.write_text("".join(needs.values()))
+        except RuntimeError as error:
+            notice(f"{name}: skipped, not installed: {error}")
+            continue
+        if stamp.exists() and stamp.read_text() == "".join(needs.values()):
+            ready[name] = venv
+        else:
+            notice(f"{name}: skipped, {venv} is not there or not up to date; --install makes it")
+    return ready
+
+
+def write_tables(folder, **tables):
+    """Write frames as NAME.tsv, without a header."""
+    for name, frame in tables.items():
+        frame.write_csv(folder / f"{name}.tsv", separator="\t", include_header=False)
+
+
+def write_task(folder, source, split):
+    """Write what a peer is given of ml-100k."""
+    train, test = data.split(source.ratings, split)
+    users = source.users.select(  # age in fives, gender, occupation, zip area
+        "user",
+        polars.format(
+            "age {}|{}|{}|zip {}",
+            polars.col("age") // 5,
+            "gender",
+            "occupation",
+            polars.col("zip_code").str.head(1),
+        ),
+    )
+    year = polars.col("year").cast(polars.String).fill_null("None")
+    genres = polars.format("year {}|{}", year, polars.col("genres").list.join("|"))
+    items = source.items.select("item", genres)
+    write_tables(folder, train=train, test=test, users=users, items=items)
+
+
+def run_peer(name, venv, folder, *arguments, threads=1):
+    """Run a peer's script on the task in `folder`. Returns a row for each of its systems."""
+    results = folder / "results.json"
+    results.unlink(missing_ok=True)
+    script = FOLDER / "peer.py"
+    run(venv / "bin" / "python", script, name, folder, *arguments, threads=threads)
+    options = {"separator": "\t", "has_header": False, "columns": [2]}
+    parts = (polars.read_csv(folder / f"{part}.tsv", **options) for part in ("train", "test"))
+    parts = [part.to_series().to_numpy() for part in parts]
+    return [judge(result, *parts) for result in json.loads(results.read_text())]
+
+
+def judge(result, train, test):
+    """The row of a system: its errors and time. ValueError if a prediction is missing or bad."""
+    system, predictions = result["system"], numpy.array(result["predictions"], dtype=float)
+    if predictions.shape != test.shape:
+        raise ValueError(f"{system}: predictions of shape {predictions.shape}, not {test.shape}")
+    if n_bad := int((~numpy.isfinite(predictions)).sum()):
+        raise ValueError(f"{system}: {n_bad} predictions are not finite")
+    mse = float(numpy.square(predictions.clip(train.min(), train.max()) - test).mean())
+    return {"system": system, "mse": mse, "rmse": math.sqrt(mse), "seconds": result["seconds"]}
+
+
+def show(rows):
+    """Print a system a line, the worst on the first split first."""
+    cells = {}
+    for split, row in rows:
+        line = cells.setdefault(row["system"], dict.fromkeys([*SPLITS, "seconds"], ""))
+        line[split] = f"{row[SPLITS[split]]:.4f}"
+        line["seconds"] = line["seconds"] or f"{row['seconds']:.2f}"
+    echo_heads(
+        "system", *(f"{split} {error.upper()}" for split, error in SPLITS.items()), "seconds"
+    )
+    for system, line in sorted(cells.items(), key=lambda pair: pair[1]["ua"], reverse=True):
+        echo_row(system, *line.values())
+
+
+@click.command()
+@click.option("--venvs", type=Path, help="Folder of the environments.  [default: in the cache]")
+@click.option("--install", "is_install", is_flag=True, help="Make the environments not there.")
+@click.option("--only", multiple=True, type=click.Choice(PEERS), help="This peer; may be repeated.")
+@click.option("--ours", is_flag=True, help="Train our recipes too.")
+def main(venvs, is_install, only, ours):
+    """Print a table of the errors of other rating predictors, and of ours."""
+    source, names = collab.read(notice=notice), only or PEERS
+    ready = prepare(names, venvs or data.default_data_dir() / "peers", is_install=is_install)
+    if not ready and not ours:
+        raise click.ClickException("no peer is installed, and --ours is not given")
+    rows, is_whole = [], not is_install or len(ready) == len(names)
+    for split in SPLITS:
+        with tempfile.TemporaryDirectory() as scratch:
+            write_task(Path(scratch), source, split)
+            jobs = {name: partial(run_peer, name, ready[name], Path(scratch)) for name in ready}
+            for name in collab.RECIPES if ours else ():
+                arguments = f"ours, {name}", "--recipe", name, "--split", split
+                jobs[arguments[0]] = partial(train, *arguments)
+            for name, job in jobs.items():
+                notice(f"{split}: {name}")
+                try:
+                    rows += [(split, row) for row in job()]
+                except (RuntimeError, subprocess.SubprocessError, OSError, ValueError) as error:
+                    notice(f"{split}: {name} failed: {error}")
+                    is_whole = False
+    show(rows)
+    sys.exit(0 if is_whole else 1)
+
+
+if __name__ == "__main__":
+    main()
