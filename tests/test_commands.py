@@ -207,8 +207,17 @@ WAITING = ["a pipe without a writer", "rank 0", "rank 1"]
 IMPORTS = ["click._compat", "polars.dataframe", "torch._C", "torch.nn"]
 
 
-@pytest.mark.parametrize("signals", [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGINT,) * 2])
-@pytest.mark.parametrize("state", [*WAITING, *IMPORTS, "training"])
+INT, TERM = signal.SIGINT, signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("state", "signals"),
+    [
+        *((state, signals) for state in IMPORTS for signals in ((INT,), (TERM,))),
+        *((state, signals) for state in WAITING[:2] for signals in ((INT,), (TERM, TERM))),
+        *(("rank 1", (INT, INT)), ("training", (TERM,)), ("training", (INT, INT))),
+    ],
+)
 def test_a_signal_stops_all_that_takes_time(start, tmp_path, small, state, signals):
     """In one line or none, and nothing is left half-written."""
     (tmp_path / "m.pt").write_text("old")
