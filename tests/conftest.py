@@ -44,12 +44,6 @@ def ratings(ml_100k):
     return data.read_ratings(ml_100k)
 
 
-@pytest.fixture(scope="session")
-def ua(ratings):
-    """Train part, test part and ids of the ua split, as tensors."""
-    return data.to_tensors(*data.split(ratings, "ua"))
-
-
 def call(folder, *arguments):
     """Run `python collab.py ...` in this process, in a folder, to an exit status."""
     handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}

@@ -222,21 +222,15 @@ def test_the_average_row_is_of_those_seen_and_stands_behind_them():
         assert torch.equal(longer, torch.cat([table, table.mean(0, keepdim=True)]))
 
 
-def rated(head, seed=0, n=12):
-    """Items of three factors, ratings of them, and a prior, float64."""
-    items = make_params(1, n, head)
-    ratings = torch.randint(1, 6, (n,), generator=torch.Generator().manual_seed(seed)).double()
-    prior = model.find_prior(make_params(7, 1, head), torch.arange(7), width=4.0)
-    return items.item_factors, items.item_bias, ratings, prior
-
-
 @pytest.mark.parametrize(
     ("head", "noise"), [(HEAD, 1.2), (HEAD, 6.0), (MOVED, 18.0), (ORDINAL, 1.0)]
 )
 @pytest.mark.parametrize("seed", range(5))
 def test_a_folded_in_user_is_where_the_posterior_is_flat(head, noise, seed):
     """By autograd, of the objective that the docstring states; without ratings at its start."""
-    q, bias, ratings, prior = rated(head, seed)
+    _, q, _, bias = make_params(1, 12, head)
+    ratings = torch.randint(1, 6, (12,), generator=torch.Generator().manual_seed(seed)).double()
+    prior = model.find_prior(make_params(7, 1, head), torch.arange(7), width=4.0)
     p, b = model.fold_in(q, bias, ratings, prior=prior, head=head, noise=noise)
     x = torch.cat([p, b.reshape(-1)]).requires_grad_()
     z = (q @ x[:3]).reshape(len(q), *[1] * (bias.dim() - 1))

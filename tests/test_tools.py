@@ -41,7 +41,8 @@ def test_a_synthetic_set_has_the_shape_it_says(tmp_path):
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
 
 
-def test_what_is_measured_takes_turns(capsys):
+def test_what_is_measured_takes_turns(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "REPEATS", 3)
     calls = []
 
     def measure(name, seconds):
@@ -49,7 +50,7 @@ def test_what_is_measured_takes_turns(capsys):
         return [{"system": name, "seconds": seconds[calls.count(name) - 1], "mse": 2.0}]
 
     measures = [lambda: measure("slow", [4, 2, 3]), lambda: measure("fast", [1, 2, 1])]
-    bench.show(bench.take_turns(measures, 3))
+    bench.show(bench.take_turns(measures))
     assert calls == ["slow", "fast"] * 3
     *_, slow, fast = capsys.readouterr().out.splitlines()
     assert slow == "| slow | 3 | 2 to 4 | 2.0000 |  |"
@@ -79,20 +80,20 @@ json.dump([result], open(folder + "/results.json", "w"))
 
 
 def test_large_sets_beside_a_peer(tmp_path, monkeypatch):
-    (tmp_path / "cmfrec" / "bin").mkdir(parents=True)
-    (tmp_path / "cmfrec" / "bin" / "python").symlink_to(sys.executable)
-    for name in ("cmfrec.txt", "cmfrec/installed.txt"):
+    (tmp_path / "peers" / "cmfrec" / "bin").mkdir(parents=True)
+    (tmp_path / "peers" / "cmfrec" / "bin" / "python").symlink_to(sys.executable)
+    for name in ("cmfrec.txt", "peers/cmfrec/installed.txt"):
         (tmp_path / name).write_text("cmfrec\n")
     (tmp_path / "peer.py").write_text(PEER)
     monkeypatch.setenv("COLLAB_DATA_DIR", str(tmp_path))
     monkeypatch.setattr(peers, "FOLDER", tmp_path)
-    monkeypatch.setattr(bench, "THREADS", 1)
-    rows, _ = run(bench, "--scale", "--sizes", 20_000, "--repeats", 1, "--venvs", tmp_path)
+    for name, value in (("THREADS", 1), ("REPEATS", 1), ("SIZES", {20_000: True})):
+        monkeypatch.setattr(bench, name, value)
+    rows, _ = run(bench, "--scale")
     assert rows[1][:2] == ["cmfrec 12 6", "9"]
     assert 0.5 < float(rows[2][3]) < float(rows[1][3]) < 2, "ours is better than threes"
     assert int(rows[2][4]) > 100
-    own = "--ratings", tmp_path / "scale" / "ratings-20000.csv"
-    rows, _ = run(bench, *own, "--repeats", 1, "--venvs", tmp_path)
+    rows, _ = run(bench, "--ratings", tmp_path / "scale" / "ratings-20000.csv")
     assert [row[0] for row in rows[1:]] == ["cmfrec 40 8", "ours"]
 
 
@@ -106,14 +107,16 @@ def write(path, names="user,item,rating"):
     return len(pairs)
 
 
-def test_a_panel_of_tables(tmp_path):
+def test_a_panel_of_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(panel, "SEEDS", 2)
+    monkeypatch.setattr(panel, "RECIPES", {"default": {}})
     n_ratings = write(tmp_path / "a.csv")
     write(tmp_path / "b.csv", names="user,place,rating")
     write(tmp_path / "c_train.csv")
     (tmp_path / "c_test.tsv").write_text("30\t1\t3\n30\t2\t4\n")
     (tmp_path / "d.csv").write_text("no table\n")
     (tmp_path / "options.json").write_text(json.dumps({"b.csv": {"columns": {"item": "place"}}}))
-    (_, a, b, c), (skipped,) = run(panel, tmp_path, "--seeds", 2, "--recipe", "default")
+    (_, a, b, c), (skipped,) = run(panel, tmp_path)
     n_train = n_ratings - n_ratings // 10
     assert a[:3] == ["a.csv", str(n_train), f"{n_train / 40:.1f}"]
     assert b == ["b.csv", *a[1:]]

@@ -17,7 +17,6 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import click
@@ -34,18 +33,18 @@ PEERS = ("fastai", "cornac", "cmfrec")
 THREADS = 2  # for large sets, ours and theirs
 OWN = ((), (40, 8))  # our options; cmfrec's factors and iterations
 # Chosen on a tenth held out of the training part of 5 million.
-LARGE_OPTIONS = {"--n-factors": 12, "--epochs": 3, "--lr-max": 0.02, "--weight-decay": 0.15}
-LARGE = (list(chain(*LARGE_OPTIONS.items())), (12, 6))
-LARGEST = 5_000_000  # ratings that cmfrec is given
+LARGE = ["--n-factors", 12, "--epochs", 3, "--lr-max", 0.02, "--weight-decay", 0.15], (12, 6)
+SIZES = {5_000_000: True, 25_000_095: False}  # ratings, and whether cmfrec is given them
+REPEATS = 2
 
 
-def take_turns(measures, repeats):
+def take_turns(measures):
     """Call each of `measures` in turn; each returns rows, {system, seconds[, mse, peak_mib]}.
 
     Returns a list of the rows of each system.
     """
     runs = {}
-    for _ in range(repeats):
+    for _ in range(REPEATS):
         for measure in measures:
             for row in measure():
                 runs.setdefault(row["system"], []).append(row)
@@ -126,7 +125,7 @@ def start_python(name, *arguments, is_first_line=False):
     return [{"system": name, "seconds": seconds}]
 
 
-def measure_small(folder, venvs, repeats):
+def measure_small(folder):
     """ml-100k's split ua: whole fits, an error, an evaluation, starts of processes."""
     torch.set_num_threads(1)
     source, command, saved = collab.read(notice=notice), ROOT / "collab.py", folder / "model.pt"
@@ -134,7 +133,7 @@ def measure_small(folder, venvs, repeats):
     run_collab("train", "--save", saved)
     part, _, ids = data.to_tensors(*data.split(source.ratings, "ua"))
     answer = command, "recommend", saved, "--user", "196"
-    ready = peers.prepare(PEERS, venvs)
+    ready = peers.prepare(PEERS)
     return take_turns(
         [
             *(partial(peers.run_peer, name, venv, folder) for name, venv in ready.items()),
@@ -144,8 +143,7 @@ def measure_small(folder, venvs, repeats):
             partial(start_python, 'python -c "import torch"', "-c", "import torch"),
             partial(start_python, "train, to its first line", command, "train", is_first_line=True),
             partial(start_python, "recommend, from a saved model", *answer),
-        ],
-        repeats,
+        ]
     )
 
 
@@ -169,47 +167,38 @@ def make_once(folder, n_ratings):
 def write_split(path, folder):
     """Write the random split that `collab.py train` makes of a file, for peers."""
     task = collab.prepare(collab.read(ratings=path), seed=0)
-    names = "user", "item", "rating"
-    train, test = (
-        polars.DataFrame(dict(zip(names, [column.numpy() for column in part[:3]], strict=True)))
-        for part in (task.train, task.test)
-    )
-    peers.write_tables(folder, train=train, test=test)
+    for name, part in (("train", task.train), ("test", task.test)):
+        columns = [polars.Series(column.numpy()) for column in part[:3]]
+        peers.write_tables(folder, **{name: polars.DataFrame(columns)})
 
 
-def measure_large(path, folder, venvs, repeats, work, *, has_peer=True):
+def measure_large(path, folder, work, *, has_peer=True):
     """Our training with the options of `work` on a file, and cmfrec's with its numbers."""
     options, sizes = work
-    arguments = "ours", "--ratings", path, "--threads", THREADS, *options
-    measures = [partial(train, *arguments)]
-    for name, venv in peers.prepare(["cmfrec"], venvs).items() if has_peer else ():
+    measures = [partial(train, "ours", "--ratings", path, "--threads", THREADS, *options)]
+    for name, venv in peers.prepare(["cmfrec"]).items() if has_peer else ():
         apart(write_split, path, folder)
         measures.append(partial(peers.run_peer, name, venv, folder, *sizes, threads=THREADS))
-    return take_turns(measures, repeats)
+    return take_turns(measures)
 
 
 @click.command()
 @click.option("--scale", "is_scale", is_flag=True, help="Sets of millions of ratings instead.")
 @click.option("--ratings", type=click.Path(path_type=Path), help="This table instead.")
-@click.option("--sizes", default="5000000,25000095", show_default=True)
-@click.option("--repeats", type=click.IntRange(1), default=2, show_default=True)
-@click.option("--venvs", type=Path, help="Folder of the peers.  [default: the cache]")
-def main(is_scale, ratings, sizes, repeats, venvs):
+def main(is_scale, ratings):
     """Measure and print."""
     click.echo(f"torch {torch.__version__}, {os.cpu_count()} cores")
-    venvs = venvs or data.default_data_dir() / "peers"
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         if ratings is not None:
-            show(measure_large(ratings, scratch, venvs, repeats, OWN))
+            show(measure_large(ratings, scratch, OWN))
         elif is_scale:
-            for size in map(int, sizes.split(",")):
+            for size, has_peer in SIZES.items():
                 path = make_once(data.default_data_dir() / "scale", size)
                 click.echo(f"\n{size:,} ratings, threads {THREADS}\n")
-                has_peer = size <= LARGEST
-                show(measure_large(path, scratch, venvs, repeats, LARGE, has_peer=has_peer))
+                show(measure_large(path, scratch, LARGE, has_peer=has_peer))
         else:
-            show(measure_small(scratch, venvs, repeats))
+            show(measure_small(scratch))
 
 
 if __name__ == "__main__":

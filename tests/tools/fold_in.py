@@ -26,15 +26,11 @@ def measure(source, recipe, seed, *, widths, is_validation):
     users = ratings["user"].unique().sort().to_numpy()
     drawn = numpy.random.default_rng(seed).choice(users, len(users) // 10, replace=False)
     is_hidden = polars.col("user").is_in(polars.Series(drawn).implode())
-    rest, hidden, test = (
-        ratings.filter(~is_hidden),
-        ratings.filter(is_hidden),
-        test.filter(is_hidden),
-    )
+    rest, hidden = ratings.filter(~is_hidden), ratings.filter(is_hidden)
+    test = test.filter(is_hidden)
+    source = source._replace(test=test, split=None)
     trained, model = (
-        collab.train_model(
-            collab.prepare(source._replace(ratings=part, test=test, split=None), recipe, seed=seed)
-        )
+        collab.train_model(collab.prepare(source._replace(ratings=part), recipe, seed=seed))
         for part in (ratings, rest)
     )
     folded = []
@@ -62,18 +58,16 @@ def fold_in(model, rest, hidden, test, user, width):
 
 
 @click.command()
-@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--only", multiple=True, type=click.Choice(list(collab.RECIPES)))
 @click.option("--validate", "is_validation", is_flag=True, help="Compare widths of the prior.")
-def main(seeds, only, is_validation):
+def main(is_validation):
     """Print a Markdown table: mean and deviation over the seeds, which draw the users, too."""
     torch.set_num_threads(1)
     source, widths = collab.read(notice=notice), WIDTHS if is_validation else (collab.PRIOR_WIDTH,)
     names = [f"width {width:g}" for width in widths] if is_validation else ["folded in"]
     echo_heads("recipe", "trained on them", *names, "difference", "average user")
     options = {"widths": widths, "is_validation": is_validation}
-    for recipe in only or collab.RECIPES:
-        lines = [measure(source, recipe, seed, **options) for seed in range(seeds)]
+    for recipe in collab.RECIPES:
+        lines = [measure(source, recipe, seed, **options) for seed in range(3)]
         echo_row(recipe, *map(spread, zip(*lines, strict=True)))
 
 

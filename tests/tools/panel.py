@@ -22,7 +22,8 @@ from common import echo_heads, echo_row, notice
 import collab
 import data
 
-SIZES = "500,1000,2000,5000,10000,20000,50000"  # training ratings of ml-100k's cuts
+SIZES = (500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000)  # training ratings of ml-100k's cuts
+SEEDS = 3
 RECIPES = {"default": {}, "best": {}}  # and options over theirs
 CUT_RECIPES = RECIPES | {"best": {"features": ("id", "implicit")}}
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -42,11 +43,11 @@ def read_sets(folder):
         yield name, lambda seed, arguments=arguments: collab.read(**arguments)
 
 
-def cut_sets(sizes):
+def cut_sets():
     """The same of ml-100k cut down."""
     source = collab.read(notice=notice)
     train, test = data.split(source.ratings, "ua")
-    for size in sizes:
+    for size in SIZES:
 
         def cut(seed, size=size):
             rows = numpy.random.default_rng(seed).permutation(len(train))[:size]
@@ -55,10 +56,10 @@ def cut_sets(sizes):
         yield f"ml-100k, {size:,}", cut
 
 
-def measure(cut, recipes, seeds):
+def measure(cut, recipes):
     """The numbers of a set's line, means over the seeds."""
     lines = []
-    for seed in range(seeds):
+    for seed in range(SEEDS):
         ratios, source = [], cut(seed)
         for recipe, options in recipes.items():
             task = collab.prepare(source, recipe, seed=seed, **options)
@@ -73,18 +74,14 @@ def measure(cut, recipes, seeds):
 
 @click.command()
 @click.argument("folder", required=False, type=FOLDER)
-@click.option("--recipe", "only", multiple=True, type=click.Choice(list(RECIPES)))
-@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--sizes", default=SIZES, show_default=True)
-def main(folder, only, seeds, sizes):
+def main(folder):
     """Print each recipe's error over that of the averages on the tables in FOLDER."""
     recipes = CUT_RECIPES if folder is None else RECIPES
-    recipes = {name: options for name, options in recipes.items() if not only or name in only}
     ratios = (f"{name} / averages" for name in recipes)
     echo_heads("set", "ratings", "ratings a row", "mean", "averages", *ratios)
-    for name, cut in read_sets(folder) if folder else cut_sets(map(int, sizes.split(","))):
+    for name, cut in read_sets(folder) if folder else cut_sets():
         try:
-            n_train, density, mean, averages, *ratios = measure(cut, recipes, seeds)
+            n_train, density, mean, averages, *ratios = measure(cut, recipes)
         except (ValueError, OSError, TypeError) as error:
             notice(f"{name}: skipped: {error}")
             continue

@@ -39,24 +39,20 @@ THREADS = [f"{name}_NUM_THREADS" for name in LIBRARIES] + ["LK_NUM_BACKEND_THREA
 
 def run(*command, threads=1):
     """Run a command. RuntimeError with its last line of errors if it fails."""
-    done = subprocess.run(
-        [str(part) for part in command],
-        env=os.environ | dict.fromkeys(THREADS, str(threads)),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
+    env = os.environ | dict.fromkeys(THREADS, str(threads))
+    options = {"env": env, "capture_output": True, "text": True, "errors": "replace"}
+    done = subprocess.run(list(map(str, command)), stdin=subprocess.DEVNULL, **options)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise RuntimeError(lines[-1])
 
 
-def prepare(names, venvs, *, is_install=False):
+def prepare(names, *, is_install=False):
     """The environments that can be used, `{name: folder}`, with a notice of each that can't."""
     ready = {}
     for name in names:
-        venv, needs = venvs / name, [FOLDER / f"{name}.txt", FOLDER / f"{name}.nodeps.txt"]
+        venv = data.default_data_dir() / "peers" / name
+        needs = [FOLDER / f"{name}.txt", FOLDER / f"{name}.nodeps.txt"]
         needs = {path: path.read_text() for path in needs if path.exists()}
         stamp = venv / "installed.txt"  # what an environment was made for, once it is whole
         try:
@@ -87,16 +83,9 @@ def write_tables(folder, **tables):
 def write_task(folder, source, split):
     """Write what a peer is given of ml-100k."""
     train, test = data.split(source.ratings, split)
-    users = source.users.select(  # age in fives, gender, occupation, zip area
-        "user",
-        polars.format(
-            "age {}|{}|{}|zip {}",
-            polars.col("age") // 5,
-            "gender",
-            "occupation",
-            polars.col("zip_code").str.head(1),
-        ),
-    )
+    age, area = polars.col("age") // 5, polars.col("zip_code").str.head(1)
+    told = polars.format("age {}|{}|{}|zip {}", age, "gender", "occupation", area)
+    users = source.users.select("user", told)
     year = polars.col("year").cast(polars.String).fill_null("None")
     genres = polars.format("year {}|{}", year, polars.col("genres").list.join("|"))
     items = source.items.select("item", genres)
@@ -133,25 +122,21 @@ def show(rows):
         line = cells.setdefault(row["system"], dict.fromkeys([*SPLITS, "seconds"], ""))
         line[split] = f"{row[SPLITS[split]]:.4f}"
         line["seconds"] = line["seconds"] or f"{row['seconds']:.2f}"
-    echo_heads(
-        "system", *(f"{split} {error.upper()}" for split, error in SPLITS.items()), "seconds"
-    )
+    heads = (f"{split} {error.upper()}" for split, error in SPLITS.items())
+    echo_heads("system", *heads, "seconds")
     for system, line in sorted(cells.items(), key=lambda pair: pair[1]["ua"], reverse=True):
         echo_row(system, *line.values())
 
 
 @click.command()
-@click.option("--venvs", type=Path, help="Folder of the environments.  [default: in the cache]")
 @click.option("--install", "is_install", is_flag=True, help="Make the environments not there.")
-@click.option("--only", multiple=True, type=click.Choice(PEERS), help="This peer; may be repeated.")
 @click.option("--ours", is_flag=True, help="Train our recipes too.")
-def main(venvs, is_install, only, ours):
+def main(is_install, ours):
     """Print a table of the errors of other rating predictors, and of ours."""
-    source, names = collab.read(notice=notice), only or PEERS
-    ready = prepare(names, venvs or data.default_data_dir() / "peers", is_install=is_install)
+    source, ready = collab.read(notice=notice), prepare(PEERS, is_install=is_install)
     if not ready and not ours:
         raise click.ClickException("no peer is installed, and --ours is not given")
-    rows, is_whole = [], not is_install or len(ready) == len(names)
+    rows, is_whole = [], not is_install or len(ready) == len(PEERS)
     for split in SPLITS:
         with tempfile.TemporaryDirectory() as scratch:
             write_task(Path(scratch), source, split)

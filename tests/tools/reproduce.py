@@ -37,9 +37,7 @@ class Experiment(NamedTuple):
 
 
 EXPERIMENTS = [
-    Experiment(
-        "fastai's settings", (0.352, 0.900), y_range=(0, 5.5), weight_decay=0.1, drop_last=True
-    ),
+    Experiment("fastai's settings", (0.352, 0.900), 10, (0, 5.5), weight_decay=0.1, drop_last=True),
     Experiment("plain Adam", (1.045, 2.043), 10, (-0.5, 5.5), None, 0.005, is_cyclic=False),
     Experiment("one-cycle", (1.355, 3.304), 10, (-0.5, 5.5), None, 0.005),
     Experiment("y_range from 0.5, lr 0.01", (0.830, 0.986), 20, std=None),
@@ -81,14 +79,6 @@ def broadcast_mse(params, part, *, predict):
     return total / len(part.ratings) ** 2
 
 
-def make_table(experiment, ids, generator):
-    options = {"n_factors": 40, "generator": generator, "std": experiment.std or 1.0}
-    params = model.init_params(*map(len, ids), **options)
-    if experiment.std is None:
-        params = [torch.randn(table.shape, generator=generator) for table in params]
-    return model.join(model.Params(*params))
-
-
 def choose_shapes(experiment, n_users, broadcast):
     """`loss_and_grad`, and a function of params and test part that finds the test MSE."""
     if not broadcast:
@@ -118,7 +108,11 @@ def with_l2(loss_and_grad, l2):
 def run(experiment, part, test_part, ids, *, broadcast):
     """Return the training loss and the test MSE after the last epoch."""
     generator, n_users, lr = torch.Generator().manual_seed(0), len(ids.users), experiment.lr
-    table = make_table(experiment, ids, generator)
+    options = {"n_factors": 40, "generator": generator, "std": experiment.std or 1.0}
+    params = model.init_params(*map(len, ids), **options)
+    if experiment.std is None:
+        params = [torch.randn(table.shape, generator=generator) for table in params]
+    table = model.join(model.Params(*params))
     loss_and_grad, find_mse = choose_shapes(experiment, n_users, broadcast)
     if experiment.l2:
         loss_and_grad = with_l2(loss_and_grad, experiment.l2)
@@ -133,21 +127,16 @@ def run(experiment, part, test_part, ids, *, broadcast):
 
 
 @click.command()
-@click.option("--only", multiple=True, help="Run only the experiments whose name has this in it.")
-def main(only):
+def main():
     """Run the notebook's experiments twice and print its figures beside ours."""
     torch.set_num_threads(1)
     ratings = data.read_ratings(data.get_dataset("ml-100k", notice=notice))
     parts = data.to_tensors(*data.split(ratings, "ua"))
     echo_heads("experiment", "notebook", "the notebook's shapes", "the right shapes")
     for experiment in EXPERIMENTS:
-        if only and not any(name in experiment.name for name in only):
-            continue
         both = [run(experiment, *parts, broadcast=broadcast) for broadcast in (True, False)]
-        cells = [
-            "{:.3f}, {:.3f}".format(*pair) if pair else "crashed"
-            for pair in (experiment.notebook, *both)
-        ]
+        pairs = experiment.notebook, *both
+        cells = ("{:.3f}, {:.3f}".format(*pair) if pair else "crashed" for pair in pairs)
         echo_row(experiment.name, *cells)
 
 

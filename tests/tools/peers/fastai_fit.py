@@ -16,16 +16,6 @@ from fastai.tabular.all import Categorify, TabDataLoader, set_seed
 LOADERS = {"": None, ", plain loader": TabDataLoader}  # None: its own, TabWeightedDL
 
 
-def make_learner(train, loader):
-    """As of `CollabDataLoaders.from_df`, with no part of the training part held out."""
-    set_seed(peer.SEED)
-    parts = list(range(len(train))), []
-    options = {"y_names": ["rating"], "y_block": TransformBlock(), "splits": parts}
-    table = TabularCollab(train, [Categorify], ["user", "item"], **options)
-    loaders = table.dataloaders(bs=64, dl_type=loader)
-    return collab_learner(loaders, n_factors=40, y_range=(0, 5.5), wd=0.1)
-
-
 def fit(learner):
     with learner.no_bar(), learner.no_logging():
         learner.fit_one_cycle(10, 1e-2)
@@ -42,6 +32,12 @@ def systems(folder):
         with learner.no_bar(), learner.no_logging():
             return learner.get_preds(dl=learner.dls.test_dl(test.copy()))[0].flatten()
 
+    # As of `CollabDataLoaders.from_df`, with no part of the training part held out.
+    parts = list(range(len(train))), []
+    options = {"y_names": ["rating"], "y_block": TransformBlock(), "splits": parts}
     for name, loader in LOADERS.items():
-        learner = make_learner(train.copy(), loader)
+        set_seed(peer.SEED)
+        table = TabularCollab(train.copy(), [Categorify], ["user", "item"], **options)
+        loaders = table.dataloaders(bs=64, dl_type=loader)
+        learner = collab_learner(loaders, n_factors=40, y_range=(0, 5.5), wd=0.1)
         yield f"fastai {version('fastai')}{name}", partial(fit, learner), predict

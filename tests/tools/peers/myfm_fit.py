@@ -10,21 +10,11 @@ import math
 from collections import defaultdict
 from functools import partial
 from importlib.metadata import version
-from typing import NamedTuple
 
 import numpy
 import peer
 from myfm import MyFMOrderedProbit, MyFMRegressor, RelationBlock
 from scipy.sparse import csr_matrix, hstack
-
-
-class Side(NamedTuple):
-    """What is told of users, or of items."""
-
-    key: str  # the field of a rating that names one
-    other: str  # the field that names what it is rated with
-    features: dict  # {id: [feature, ...]}
-
 
 DAY = 86400  # seconds
 TIMES = {
@@ -53,22 +43,18 @@ def encode(rows, vocabulary):
     return csr_matrix((values, columns, starts), shape=(len(rows), len(index)))
 
 
-def side_matrices(names, train, side, kinds):
-    """The blocks of features of the users or items `names`."""
-    seen = {getattr(row, side.key) for row in train}
-    blocks = []
-    if "id" in kinds:
-        blocks.append(encode([[name] for name in names], seen))
-    if "implicit" in kinds:
-        partners = defaultdict(list)
-        for row in train:
-            partners[getattr(row, side.key)].append(getattr(row, side.other))
-        vocabulary = {getattr(row, side.other) for row in train}
-        blocks.append(encode([partners[name] for name in names], vocabulary))
-    if "side" in kinds:
-        told = [side.features.get(name, []) for name in names]
-        blocks.append(encode(told, {feature for name in seen for feature in side.features[name]}))
-    return blocks
+def side_matrices(names, pairs, told, kinds):
+    """The blocks of features of the users or items `names`, from pairs of one and its partner."""
+    partners = defaultdict(list)
+    for name, partner in pairs:
+        partners[name].append(partner)
+    side = {feature for name in partners for feature in told[name]}
+    blocks = {  # the values of each name, and those that the training part has
+        "id": ([[name] for name in names], set(partners)),
+        "implicit": ([partners.get(name, []) for name in names], {other for _, other in pairs}),
+        "side": ([told.get(name, []) for name in names], side),
+    }
+    return [encode(*block) for kind, block in blocks.items() if kind in kinds]
 
 
 def assemble(train, test, sides, kinds):
@@ -81,14 +67,15 @@ def assemble(train, test, sides, kinds):
     ]
     sizes = [block.shape[1] for block in main[0]]
     relations = [[], []]
-    for side in sides:
-        names = sorted({getattr(row, side.key) for row in train + test})
+    for key, other, told in sides:
+        names = sorted({getattr(row, key) for row in train + test})
+        pairs = [(getattr(row, key), getattr(row, other)) for row in train]
         place = {name: number for number, name in enumerate(names)}
-        blocks = side_matrices(names, train, side, kinds)
+        blocks = side_matrices(names, pairs, told, kinds)
         sizes += [block.shape[1] for block in blocks]
         matrix = hstack(blocks).tocsr()
         for rows, relation in zip(parts, relations, strict=True):
-            places = [place[getattr(row, side.key)] for row in rows]
+            places = [place[getattr(row, key)] for row in rows]
             relation.append(RelationBlock(places, matrix))
     matrices = [hstack(blocks).tocsr() if blocks else None for blocks in main]
     return *zip(matrices, relations, strict=True), sizes
@@ -99,8 +86,8 @@ def systems(folder):
     ratings = numpy.array([row.rating for row in train])
     levels, classes = numpy.unique(ratings, return_inverse=True)
     sides = (
-        Side("user", "item", peer.read_features(folder / "users.tsv")),
-        Side("item", "user", peer.read_features(folder / "items.tsv")),
+        ("user", "item", peer.read_features(folder / "users.tsv")),
+        ("item", "user", peer.read_features(folder / "items.tsv")),
     )
     for name, (kinds, is_ordered) in SYSTEMS.items():
         part, test_part, sizes = assemble(train, test, sides, kinds)

@@ -8,13 +8,12 @@ from surprise import SVD, Dataset, KNNBaseline, Reader, SVDpp
 
 BETWEEN_ITEMS = {"name": "pearson_baseline", "user_based": False}
 TUNED = {"n_factors": 40, "n_epochs": 100, "lr_all": 0.01, "reg_all": 0.1}
+KNN = partial(KNNBaseline, verbose=False)
 SYSTEMS = {
     "SVD": partial(SVD, random_state=peer.SEED),
     "SVD++": partial(SVDpp, random_state=peer.SEED),
-    "KNNBaseline": partial(KNNBaseline, verbose=False),
-    "KNNBaseline between items, pearson_baseline": partial(
-        KNNBaseline, sim_options=BETWEEN_ITEMS, verbose=False
-    ),
+    "KNNBaseline": KNN,
+    "KNNBaseline between items, pearson_baseline": partial(KNN, sim_options=BETWEEN_ITEMS),
     "SVD, 40 factors, 100 epochs, lr 0.01, reg 0.1": partial(SVD, **TUNED, random_state=peer.SEED),
 }
 
