@@ -103,9 +103,10 @@ def choose_options(recipe: str, given: dict) -> dict:
 
     `Usage` for what the command line would refuse, too.
     """
+    # The command line's own, so that both refuse the same.
     types = {option.name: option.type for option in train_command.params}
-    if recipe not in RECIPES or not set(given) <= set(DEFAULT):
-        raise Usage(f"no recipe {recipe!r}, or no option of {', '.join(given)}.")
+    check_names("recipe", (recipe,), RECIPES)
+    check_names("options", tuple(given), DEFAULT)
     options = dict(RECIPES[recipe])
     for name in (name for name, value in given.items() if value is not None):
         try:
@@ -144,8 +145,8 @@ def fit_recipe(
     it is mse, which `notice` is told. ValueError for ratings that do not go with options given.
     """
     ratings, (low, high), fitted = columns[2], clip, {}
-    n_levels = len(ratings.unique()) if options["loss"] == "ordinal" else MOST_LEVELS
-    if not 3 <= n_levels <= MOST_LEVELS:
+    n_levels = options["loss"] == "ordinal" and len(ratings.unique())
+    if options["loss"] == "ordinal" and not 3 <= n_levels <= MOST_LEVELS:
         if given.get("loss") is not None:
             needs = f"--loss ordinal needs 3 to {MOST_LEVELS} distinct ratings"
             raise ValueError(f"{needs}, the training part has {n_levels}")
@@ -176,8 +177,13 @@ def find_thinness(columns: tuple) -> float:
 
     Of `columns` users and items (N,) are read; those count that are in it.
     """
-    n_rows = sum((torch.bincount(rows) > 0).sum().item() for rows in columns[:2])
+    n_rows = sum(map(count_seen, columns[:2]))
     return (UA_RATINGS / UA_ROWS / (len(columns[0]) / n_rows)) ** 0.7
+
+
+def count_seen(rows: torch.Tensor) -> int:
+    """How many different rows there are in `rows` (N,)."""
+    return (torch.bincount(rows) > 0).sum().item()
 
 
 def find_range(ratings: torch.Tensor) -> tuple[float, float]:
@@ -242,13 +248,16 @@ def read(
     """
     is_own = not isinstance(ratings, str) or ratings not in data.DATASETS
     path = Path(ratings) if is_own else data.get_dataset(ratings, data_dir, notice=notice)
-    frames = []
-    for part, names in ((path, columns if is_own else None), (test and Path(test), columns)):
-        frame = part and data.read_ratings(part, columns=names, rating_range=rating_range)
-        kept = None if frame is None else data.drop_repeats(frame)
-        if n_repeats := 0 if frame is None else len(frame) - len(kept):
-            notice(f"{part}: {n_repeats:,} earlier ratings of the same user and item are left out")
-        frames.append(kept)
+
+    def read_part(path, columns):
+        frame = data.read_ratings(path, columns=columns, rating_range=rating_range)
+        kept = data.drop_repeats(frame)
+        if n_repeats := len(frame) - len(kept):
+            notice(f"{path}: {n_repeats:,} earlier ratings of the same user and item are left out")
+        return kept
+
+    frames = [read_part(path, columns if is_own else None)]
+    frames.append(read_part(Path(test), columns) if test else None)
     is_archive = path.is_dir() or (path.is_file() and zipfile.is_zipfile(path))  # a pipe: once
     for reader, own, name in ((data.read_users, users, "user"), (data.read_items, items, "item")):
         where = path if own is None and is_archive else own and Path(own)
@@ -313,8 +322,7 @@ def prepare(
         where = f"{source.name}: all ratings of the training part are"
         raise ValueError(f"{where} {ratings[0]:g}: there is nothing to learn")
     options = fit_recipe(options, given, task.train, clip, notice)
-    n_seen = [(torch.bincount(rows) > 0).sum().item() for rows in task.train[:2]]
-    n_unseen = n_users - n_seen[0], n_items - n_seen[1]
+    n_unseen = n_users - count_seen(task.train[0]), n_items - count_seen(task.train[1])
     if any(n_unseen):
         how = "by their features" if all(seen.all() for seen in task.seen) else "as average"
         text = "without training ratings: {} users, {} items; predicted {}"
@@ -347,7 +355,7 @@ def choose_features(source: Source, kinds: tuple, given: dict, notice=lambda lin
 def make_task(parts: list, source: Source, kinds: tuple, *, allow_overlap: bool) -> Task:
     """The tensors of a `Task` from its train and test frames, which leave `parts` meanwhile."""
     frame, test_frame = parts
-    parts.clear()
+    parts.clear()  # so that nobody holds the frames when they are let go of below
     part, test, ids = data.to_tensors(frame, test_frame, allow_overlap=allow_overlap)
     about = {"users": source.users, "items": source.items} if "side" in kinds else {}
     sizes, features = tuple(map(len, ids)), None
@@ -413,14 +421,14 @@ def train_model(
         on_epoch(row)
     if torch.distributed.is_initialized():
         train.broadcast(task)
-    predict, unit = partial(predict_each, head=make_head(*task.head)), task.head[1].get("unit", 1.0)
+    head, unit = make_head(*task.head), task.head[1].get("unit", 1.0)
     start = time.perf_counter()  # what is worked out before the first step counts too
     for epochs in fit_members(task, len(rows), states):
         fitted = time.perf_counter()
         tables = [epoch.params[0] for epoch in epochs]
         members = [to_rows(task, table) for table in tables]
-        mean = lambda *pairs, members=members: predict(members, *pairs).mean(0)  # noqa: E731
-        errors = train.evaluate(mean, *task.test, clip=task.clip)
+        predict = partial(predict_mean, members, head=head)
+        errors = train.evaluate(predict, *task.test, clip=task.clip)
         loss = statistics.mean(epoch.train_loss for epoch in epochs)
         row = {"epoch": epochs[0].epoch, "train_loss": loss * unit**2}
         row |= errors._asdict() | {"seconds": fitted - start}
@@ -476,14 +484,10 @@ def set_up_member(task: Task, pace, centers: list, number: int = 0) -> tuple[lis
     if options["bias_decay"] != decay:
         decay = torch.full(table.shape[1:], decay)
         decay[-head.n_outputs :] = options["bias_decay"]
-    loss_and_grad = partial(
-        model.loss_and_grad,
-        n_users=count_lines(task.options, task.ids) - len(task.ids.items),
-        head=head,
-    )
+    about = {"n_users": count_lines(options, task.ids) - len(task.ids.items), "head": head}
+    loss_and_grad = partial(model.loss_and_grad, **about)
     if task.features is not None:
-        about = {"features": task.features, **loss_and_grad.keywords}
-        loss_and_grad = partial(model.embedded_loss_and_grad, **about)
+        loss_and_grad = partial(model.embedded_loss_and_grad, features=task.features, **about)
     if torch.distributed.is_initialized():
         loss_and_grad = train.share(loss_and_grad)
     if options["dropout"]:
@@ -514,6 +518,11 @@ def to_rows(task: Task | Model, table: torch.Tensor) -> model.Params:
 def predict_each(members: list, *pairs: torch.Tensor, head: model.Head) -> torch.Tensor:
     """The predictions of each member, along the first dimension."""
     return torch.stack([model.predict(params, *pairs, head=head) for params in members])
+
+
+def predict_mean(members: list, *pairs: torch.Tensor, head: model.Head) -> torch.Tensor:
+    """The mean of the members' predictions."""
+    return predict_each(members, *pairs, head=head).mean(0)
 
 
 def find_lr(task: Task, *, n_steps: int = 200, lr_min: float = 1e-4, lr_max: float = 10.0) -> dict:
@@ -606,6 +615,7 @@ def make_model(task: Task, tables: list[torch.Tensor], rows: list[dict]) -> Mode
 
 def assemble(about: dict, tensors: dict) -> Model:
     """The `Model` of what is in a file."""
+    tensors = {name: tensors[name] for name in TENSORS if name in tensors}
     ids = data.Ids(pl.Series(about["user_ids"]), pl.Series(about["item_ids"]))
     titles, figures, features = about["titles"], about["figures"], None
     titles = ids.items.cast(pl.String) if titles is None else pl.Series(titles)
@@ -635,15 +645,7 @@ def check(kind: str, about: dict, tensors: dict) -> None:
     if about["format"] != FORMATS[kind]:
         raise ValueError(f"format {about['format']!r}, not {FORMATS[kind]!r}")
     if kind == "checkpoint":
-        names = {"epoch", "train_loss", "mse", "rmse", "mae", "seconds", "evaluate_seconds"}
-        numbers = [each for row in about["rows"] for each in row.values()]
-        is_whole = all(set(row) == names for row in about["rows"]) and about["rows"]
-        if not is_whole or not {*map(type, numbers)} <= {int, float}:
-            raise ValueError("the figures of its epochs are not whole")
-        check_tensors(tensors, find_forms(kind), {})
-        for generator in tensors["generators"]:
-            torch.Generator().set_state(generator.clone())  # whose errors would come in the loop
-        return
+        return check_states(about, tensors)
     ids, options = (about["user_ids"], about["item_ids"]), about["figures"]["options"]
     for texts in (*ids, *([] if about["titles"] is None else [about["titles"]])):
         if set(map(type, texts)) not in ({int}, {str}):
@@ -662,10 +664,23 @@ def check(kind: str, about: dict, tensors: dict) -> None:
     sizes |= {"R": sizes["P"]} if kinds == ("id",) else {}
     files = "model", "time" * ("time" in kinds), "features" * (kinds != ("id",))
     check_tensors(tensors, find_forms(*files), sizes)
-    check_numbers(about["figures"]["epochs"][-1]["train_loss"] + 0.0)
+    if not about["figures"]["epochs"][-1]["train_loss"] > 0 or not about["figures"]["split"]:
+        raise ValueError("it was not trained, or nobody knows on what")
     n_rows = len({"id", "implicit"} & {*kinds}) * (sizes["U"] + sizes["I"])
     if tensors["tables"].shape[2] <= sizes["Q"] or tensors["tables"].shape[1] < n_rows:
         raise ValueError("its tables are too small")
+
+
+def check_states(about: dict, tensors: dict) -> None:
+    """`check` of a checkpoint."""
+    names = {"epoch", "train_loss", "mse", "rmse", "mae", "seconds", "evaluate_seconds"}
+    numbers = [each for row in about["rows"] for each in row.values()]
+    is_whole = all(set(row) == names for row in about["rows"]) and about["rows"]
+    if not is_whole or not {*map(type, numbers)} <= {int, float}:
+        raise ValueError("the figures of its epochs are not whole")
+    check_tensors(tensors, find_forms("checkpoint"), {})
+    for generator in tensors["generators"]:
+        torch.Generator().set_state(generator.clone())  # whose errors would come in the loop
 
 
 def check_tensors(tensors: dict, forms: dict, sizes: dict) -> None:
@@ -705,8 +720,9 @@ def save(path: str | Path, kind: str, about: dict, tensors: dict) -> None:
     """Write plain values and tensors to a file, if it could be loaded."""
     text = json.dumps({"format": FORMATS[kind], **about}, allow_nan=False)
     tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    check_numbers(json.loads(text))
-    check(kind, json.loads(text), tensors)
+    plain = json.loads(text)
+    check_numbers(plain)
+    check(kind, plain, tensors)
     file = io.BytesIO()
     torch.save({"about": text, **tensors}, file)
     data.write_file(path, file.getbuffer())
@@ -791,10 +807,11 @@ def find_rows(trained: Model, name: str, raw, *, locate=None, allow_unknown=Fals
     return rows.fill_null(len(raw_ids)).cast(pl.Int64).to_torch()
 
 
-def find_item(trained: Model, raw) -> int:
+def find_item(trained: Model, raw, *, allow_unknown: bool = False) -> int:
     """The row of an item, by its id or a part of its title that no other has.
 
-    ValueError for what is neither; for a part of several titles it lists them.
+    ValueError for what is neither, which with `allow_unknown` gets the row behind the last; for a
+    part of several titles it lists them.
     """
     rows = data.find_rows(trained.ids.items, pl.Series([str(raw)])).drop_nulls().to_list()
     part, titles = str(raw).casefold().strip(), trained.about["titles"] or []
@@ -802,6 +819,8 @@ def find_item(trained: Model, raw) -> int:
         rows = [row for row, title in enumerate(titles) if part in title.casefold()]
     if len(rows) == 1:
         return rows[0]
+    if not rows and allow_unknown:
+        return len(trained.ids.items)
     if not rows:
         raise ValueError(f"no item {str(raw)!r} in the model{' and in no title' * bool(titles)}")
     counts = count_ratings(trained).tolist()
@@ -881,8 +900,8 @@ def evaluate(trained: Model, ratings=None, *, allow_unknown=False, allow_overlap
             pair = ratings.select("user", "item").row(shared["index"].min())
             where = f"{len(shared)} of the (user, item) pairs are in the model's training part"
             raise ValueError(f"{where}, the first is {pair}")
-    predict = partial(predict_each, trained.members, head=make_head(*trained.head))
-    errors = train.evaluate(lambda *pairs: predict(*pairs).mean(0), *columns, clip=trained.clip)
+    predict = partial(predict_mean, trained.members, head=make_head(*trained.head))
+    errors = train.evaluate(predict, *columns, clip=trained.clip)
     return {"n_test": len(columns[0]), **errors._asdict()}
 
 
@@ -974,7 +993,8 @@ def to_rated(trained: Model, rated: pl.DataFrame) -> tuple:
     low, high = trained.clip
     rows = [find_item(trained, item) for item in rated["item"]]
     wrong = rated.filter(~pl.col("rating").is_between(low, high))
-    for item, rating in wrong.select("item", "rating").iter_rows():
+    if len(wrong):
+        item, rating = wrong.select("item", "rating").row(0)
         raise ValueError(f"rating {rating:g} of item {item!r} is not within {low:g} to {high:g}")
     rated = rated.with_columns(pl.Series("item", rows, pl.Int64), user=0)
     rated = data.drop_repeats(rated)
@@ -1168,6 +1188,7 @@ def to_names(text) -> tuple[str, ...]:
 
 FILE, COUNT = click.Path(path_type=Path), click.IntRange(1, 10**6)
 POSITIVE, SHARE = click.FloatRange(0, LARGEST, min_open=True), click.FloatRange(0, 1, max_open=True)
+PART = click.FloatRange(0, 1, min_open=True, max_open=True)
 DECAY, NUMBER = click.FloatRange(0, LARGEST), click.FloatRange(-LARGEST, LARGEST)
 INTERVAL = click.Tuple([NUMBER, NUMBER])
 # By group, as in --help, and by name: type, help, and default if there is one. bool is a flag.
@@ -1189,7 +1210,7 @@ OPTIONS = {
         "split": (str, "ua, ub, u1 to u5 (ml-100k only), random; last10, last1 ... by time."),
         "test": (FILE, "Test on the ratings of this file; no split."),
         "allow-overlap": (bool, "Pairs of the training part may be tested on."),
-        "holdout": (POSITIVE, "Test on this share of the training part: the test part is not read"),
+        "holdout": (PART, "Test on this share of the training part: the test part is not read"),
     },
     "Training": {
         "recipe": (click.Choice([*RECIPES]), "Defaults for the next group.", "default"),
@@ -1256,13 +1277,6 @@ class Command(click.Command):
                     formatter.write_dl([each.get_help_record(context) for each in shown])
 
 
-class Group(click.Group):
-    """Commands in the order of work."""
-
-    def list_commands(self, context):
-        return list(self.commands)
-
-
 def command(name: str, *options: str, required: str | None = None):
     """A decorator: a command of the program with these options, or all of a group, of `OPTIONS`.
 
@@ -1300,14 +1314,15 @@ def check_value(context, option, value):
 # Commands
 
 
-@click.group(
-    cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
-)
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def cli():
     """Collaborative filtering in plain PyTorch.
 
     A MODEL is a file that `train --save` has written.
     """
+
+
+cli.list_commands = lambda context: list(cli.commands)  # in the order of work
 
 
 @cli.result_callback()
@@ -1501,8 +1516,8 @@ def train_command(context, metrics, save, checkpoint, resume, **told):
             resume=resume,
             arguments={n: str(v.resolve()) if isinstance(v, Path) else v for n, v in told.items()},
         )
-    figures = trained.figures
-    figures |= {"load_seconds": load_seconds, "processes": n_processes}
+    figures = trained.figures  # of what is saved, too
+    figures.update(load_seconds=load_seconds, processes=n_processes)
     if save is not None:
         save_model(save, trained)
     done = f"on {describe_test(figures)}, trained in {figures['fit_seconds']:.2f} s"
@@ -1560,13 +1575,11 @@ def cross_validate_command(splits, folds, metrics, **told):
         cells = f"{figures['rmse']:#9.4g} | {figures['mae']:#8.4g}"
         say(f"{name:>5} | {cells} | {row['seconds']:5.2f} s")
     figures = choose(figures, "recipe", "dataset", "seed", "options") | {"folds": rows}
+    figures["baselines"] = dict.fromkeys(rows[0]["baselines"])
     figures["fit_seconds"] = sum(row["seconds"] for row in rows)
-    figures["baselines"] = {
-        name: {
-            each: statistics.mean(row["baselines"][name][each] for row in rows) for each in errors
-        }
-        for name in rows[0]["baselines"]
-    }
+    for name in figures["baselines"]:
+        each = pl.DataFrame([row["baselines"][name] for row in rows])
+        figures["baselines"][name] = each.mean().row(0, named=True)
     cells = []
     for name in errors[1:]:
         values = [row[name] for row in rows]
@@ -1602,7 +1615,7 @@ def info_command(path):
     for name, value in (told | told["options"]).items():
         value = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
         value = f"{value:.4g}" if isinstance(value, float) else value
-        lines.append(f"{name:16} {value}")
+        lines += [] if isinstance(value, dict) else [f"{name:16} {value}"]
     return told, lines
 
 
@@ -1634,7 +1647,9 @@ def evaluate_command(path, ratings, ranking, k, min_rating, **told):
 def predict_command(path, user, item, pairs, output, allow_unknown, **told):
     """The rating that a user will give an item, or those of a table of pairs."""
     columns, options = choose_columns(told), {"allow_unknown": allow_unknown}
-    if (user is None, item is None, output is not None) != (pairs is not None,) * 3:
+    is_one = None not in (user, item) and pairs is None and output is None
+    is_table = None not in (pairs, output) and user is None and item is None
+    if not is_one and not is_table:
         raise Usage("give --user and --item, or --pairs and --output.")
     check_paths([path, pairs], output, endings=TABLES)
     trained, counts = load_model(path), []
@@ -1657,12 +1672,9 @@ def predict_one(trained: Model, user: str, item: str, *, allow_unknown: bool) ->
     row = find_rows(trained, "user", [user], allow_unknown=allow_unknown).item()
     is_known = row < len(trained.ids.users)
     asked = {"user": trained.ids.users[row] if is_known else user, "item": item, "title": item}
-    try:
-        rows = torch.tensor([find_item(trained, item)])
-        asked |= describe_items(trained, rows).row(0, named=True)
-    except ValueError:
-        if not allow_unknown:
-            raise
+    row = find_item(trained, item, allow_unknown=allow_unknown)
+    if row < len(trained.ids.items):
+        asked |= describe_items(trained, torch.tensor([row])).row(0, named=True)
     pairs = pl.DataFrame({name: [str(asked[name])] for name in ("user", "item")})
     value = asked | predict(trained, pairs, allow_unknown=True)[:, 2:].row(0, named=True)
     spread = f" +- {value['deviation']:#.2g}" if len(trained.members) > 1 else ""

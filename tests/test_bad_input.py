@@ -126,7 +126,7 @@ REFUSED = r"""
 --ratings one.csv --seed 1 | 1; --ratings two.csv --seed 1 | 2; --ratings equal.csv | 3
 --user-column kunde | r.csv 1 kunde user; --user-column u --ratings bare.csv | 1 header u
 --ratings noon.csv | 2 noon; --split u1 | u1 54; --split last10 | last10 timestamps
---holdout 1 | 1; --features id,time | time timestamps; --features side | side tables
+--features id,time | time timestamps; --features side | side tables
 --y-range 0 4.5 | 1 5 --y-range; --test x.csv | No such file; --test r.csv --seed 1 | 54 User
 --ratings binary.csv --recipe best --loss ordinal | --loss ordinal; --test no.csv | no ratings
 --ratings 9.csv --recipe fastai | 1 9 5.5 --y-range; --rating-range 1 5 --test 9.csv | 56 '9'
@@ -165,7 +165,7 @@ train --resume seed.pt | data; train --resume without.pt |"""
 # Wrong usage, of which the exit status is 2: a word of each is in the line.
 USAGE = """
 fit; --speed; --split u9; --ratings x --dataset ml-1m; --recipe sota; --dataset netflix
---epochs 0; --lr-max -0.01; --lr-max nan; --lr-max inf
+--epochs 0; --lr-max -0.01; --lr-max nan; --lr-max inf; --holdout 1
 --lr-max 1e300 --weight-decay 0 --bias-decay 0; --lr-max 0.5 --weight-decay 2 --bias-decay 0
 --epochs DIGITS; --threads 5000; --save x --metrics ./x; --save r.csv; --y-range 5 0
 --y-range 0 nan; --y-range 5; --rating-range 1 nan; --rating-range -1e308 1e308
