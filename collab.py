@@ -317,7 +317,7 @@ def prepare(
         raise Usage("--split and --holdout do not go together with --test.")
     task = make_task(parts, source, kinds, allow_overlap=allow_overlap)
     ratings, (n_users, n_items) = task.train[2], map(len, task.ids)
-    clip = source.rating_range or find_range(ratings)
+    clip = tuple(map(float, source.rating_range or find_range(ratings)))
     if ratings.min() == ratings.max():
         where = f"{source.name}: all ratings of the training part are"
         raise ValueError(f"{where} {ratings[0]:g}: there is nothing to learn")
@@ -377,7 +377,7 @@ def find_titles(items: pl.DataFrame | None, item_ids: pl.Series) -> list[str] | 
     if items is None or "title" not in items.columns:
         return None
     titles = dict(items.select("item", "title").drop_nulls().iter_rows())
-    return [titles.get(item) or str(item) for item in item_ids]
+    return [str(titles.get(item, item)) for item in item_ids]
 
 
 def find_baselines(task: Task, clip: tuple[float, float]) -> dict:
@@ -646,36 +646,46 @@ def check(kind: str, about: dict, tensors: dict) -> None:
         raise ValueError(f"format {about['format']!r}, not {FORMATS[kind]!r}")
     if kind == "checkpoint":
         return check_states(about, tensors)
+    check_about(about)
     ids, options = (about["user_ids"], about["item_ids"]), about["figures"]["options"]
-    for texts in (*ids, *([] if about["titles"] is None else [about["titles"]])):
-        if set(map(type, texts)) not in ({int}, {str}):
-            raise ValueError("its ids or titles are not numbers or texts")
-    if not all(first < second for raw_ids in ids for first, second in pairwise(raw_ids)):
-        raise ValueError("its ids are not in order")
-    kinds, (low, high) = tuple(options["features"]), about["clip"]
-    if (
-        not low < high
-        or not {*kinds} <= {*data.FEATURES}
-        or len(about["titles"] or ids[1]) != len(ids[1])
-    ):
-        raise ValueError("its range is empty, a feature is unknown, or there are other titles")
     sizes = {"U": len(ids[0]), "I": len(ids[1]), "S": len(data.TIME_SCALES)}
     sizes |= {"P": count_lines(options, ids), "Q": make_head(*about["head"]).n_outputs}
-    sizes |= {"R": sizes["P"]} if kinds == ("id",) else {}
-    files = "model", "time" * ("time" in kinds), "features" * (kinds != ("id",))
+    kinds = set(options["features"])
+    sizes |= {"R": sizes["P"]} if kinds == {"id"} else {}
+    files = "model", "time" * ("time" in kinds), "features" * (kinds != {"id"})
     check_tensors(tensors, find_forms(*files), sizes)
-    if not about["figures"]["epochs"][-1]["train_loss"] > 0 or not about["figures"]["split"]:
-        raise ValueError("it was not trained, or nobody knows on what")
-    n_rows = len({"id", "implicit"} & {*kinds}) * (sizes["U"] + sizes["I"])
+    if not tensors["seen_users"].any() or not tensors["seen_items"].any():
+        raise ValueError("it has seen nothing")
+    n_rows = len({"id", "implicit"} & kinds) * (sizes["U"] + sizes["I"])
     if tensors["tables"].shape[2] <= sizes["Q"] or tensors["tables"].shape[1] < n_rows:
         raise ValueError("its tables are too small")
+
+
+def check_about(about: dict) -> None:
+    """ValueError for plain values of a model that answers could not be made of."""
+    ids, titles, figures = (about["user_ids"], about["item_ids"]), about["titles"], about["figures"]
+    for raw_ids in ids:
+        is_sorted = all(first < second for first, second in pairwise(raw_ids))
+        if set(map(type, raw_ids)) not in ({int}, {str}) or not is_sorted:
+            raise ValueError("its ids are not numbers or texts in order")
+    if titles is not None and (len(titles) != len(ids[1]) or set(map(type, titles)) != {str}):
+        raise ValueError("its titles are not texts, one for each item")
+    (name, arguments), (low, high) = about["head"], about["clip"]
+    numbers = low, high, *(arguments.values() if name == "bounded" else ())
+    if set(map(type, numbers)) != {float} or not low < high or arguments.get("unit", 1) <= 0:
+        raise ValueError("its range of ratings is none")
+    if not set(figures["options"]["features"]) <= set(data.FEATURES):
+        raise ValueError("a feature is unknown")
+    if not figures["epochs"][-1]["train_loss"] > 0 or not figures["split"]:
+        raise ValueError("it was not trained, or nobody knows on what")
 
 
 def check_states(about: dict, tensors: dict) -> None:
     """`check` of a checkpoint."""
     names = {"epoch", "train_loss", "mse", "rmse", "mae", "seconds", "evaluate_seconds"}
     numbers = [each for row in about["rows"] for each in row.values()]
-    is_whole = all(set(row) == names for row in about["rows"]) and about["rows"]
+    is_whole = all(set(row) == names for row in about["rows"]) and len(about["rows"]) > 0
+    is_whole &= set(about) == {"format", "arguments", "fingerprint", "rows"}
     if not is_whole or not {*map(type, numbers)} <= {int, float}:
         raise ValueError("the figures of its epochs are not whole")
     check_tensors(tensors, find_forms("checkpoint"), {})
@@ -1189,7 +1199,7 @@ def to_names(text) -> tuple[str, ...]:
 FILE, COUNT = click.Path(path_type=Path), click.IntRange(1, 10**6)
 POSITIVE, SHARE = click.FloatRange(0, LARGEST, min_open=True), click.FloatRange(0, 1, max_open=True)
 PART = click.FloatRange(0, 1, min_open=True, max_open=True)
-DECAY, NUMBER = click.FloatRange(0, LARGEST), click.FloatRange(-LARGEST, LARGEST)
+DECAY, NUMBER = click.FloatRange(0, LARGEST), click.FloatRange(-1e38, 1e38)
 INTERVAL = click.Tuple([NUMBER, NUMBER])
 # By group, as in --help, and by name: type, help, and default if there is one. bool is a flag.
 # fmt: off
@@ -1443,13 +1453,13 @@ def choose_columns(told: dict) -> dict:
 
 def check_paths(sources, *results: Path | None, endings: tuple = ("",)) -> None:
     """That results can be written, over nothing that is read, each to a file of its own."""
-    taken = {path.resolve() for path in sources if path is not None}
+    taken = {os.path.realpath(path) for path in sources if path is not None}
     for path in (path for path in results if path is not None):
-        if path.resolve() in taken:
+        if os.path.realpath(path) in taken:
             raise Usage(f"{path} is read, or is another result: it would be written over.")
         if not path.name.lower().endswith(endings):
             raise Usage(f"{path} does not end in {' or '.join(endings)}.")
-        taken.add(path.resolve())
+        taken.add(os.path.realpath(path))
         data.check_writable(path)  # said now, not after the training
 
 
@@ -1491,6 +1501,7 @@ def train_command(context, metrics, save, checkpoint, resume, **told):
     """
     if resume is not None:
         told, checkpoint = restore_options(context, resume), checkpoint or resume
+        check_paths([resume], save, metrics)
     number, n_processes = find_processes()
     if n_processes > 1:
         if checkpoint is not None:
@@ -1514,7 +1525,9 @@ def train_command(context, metrics, save, checkpoint, resume, **told):
             on_epoch=partial(show_epoch, task, bar),
             checkpoint=checkpoint,
             resume=resume,
-            arguments={n: str(v.resolve()) if isinstance(v, Path) else v for n, v in told.items()},
+            arguments={
+                n: os.path.abspath(v) if isinstance(v, Path) else v for n, v in told.items()
+            },
         )
     figures = trained.figures  # of what is saved, too
     figures.update(load_seconds=load_seconds, processes=n_processes)

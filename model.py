@@ -98,10 +98,10 @@ def bounded(low: float, high: float, *, mean: float | None = None, unit: float =
     ValueError unless low < mean < high.
     """
     mean = (low + high) / 2 if mean is None else mean
-    if not low < mean < high:
-        raise ValueError(f"the mean {mean:g} is not between {low:g} and {high:g}")
     span = high - low
-    share = (mean - low) / span
+    share = (mean - low) / span if span > 0 else math.nan
+    if not 0 < share < 1:  # also where the ends are too far out for it to be told
+        raise ValueError(f"the mean {mean:g} is not between {low:g} and {high:g}")
     z0 = math.log(share / (1 - share))
 
     def squash(z: Tensor) -> Tensor:

@@ -161,7 +161,8 @@ plot --output x.svg word.json |; plot --output x.svg huge.json |; plot --output 
 map m.pt --output x/x.svg | written; map m.pt --output full.svg | written
 train --resume x.pt | No such file; train --resume text.csv | checkpoint
 train --resume half.pt | checkpoint; train --resume m.pt | checkpoint
-train --resume seed.pt | data; train --resume without.pt |"""
+train --resume seed.pt | data; train --resume without.pt |
+--ratings loop.csv | loop.csv; --save loop.csv | loop.csv; --y-range -1e17 6 | mean"""
 # Wrong usage, of which the exit status is 2: a word of each is in the line.
 USAGE = """
 fit; --speed; --split u9; --ratings x --dataset ml-1m; --recipe sota; --dataset netflix
@@ -171,7 +172,8 @@ fit; --speed; --split u9; --ratings x --dataset ml-1m; --recipe sota; --dataset 
 --y-range 0 nan; --y-range 5; --rating-range 1 nan; --rating-range -1e308 1e308
 --features id,age; --features id,id; --loss huber; --recipe best --y-range 0 6
 --test r.csv --split u1; train --time-column x; --test r.csv --holdout 0.5
-train --resume k.pt --epochs 9; train --resume k.pt --seed 0; train --resume k.pt --save k.pt
+train --resume k.pt --checkpoint c.pt --save k.pt; train --resume k.pt --epochs 9
+train --resume k.pt --seed 0; train --resume k.pt --save k.pt
 cross-validate --splits ua --folds 1; lr-find --plot x.gif; lr-find --epochs 2
 evaluate m.pt --user-column x; predict m.pt --user 5; predict m.pt --pairs p.csv
 predict m.pt --user 5 --item 5 --output x.csv; predict m.pt --pairs p.csv --output x.txt
@@ -207,6 +209,7 @@ def folder(tmp_path_factory):
     """A folder with all these files."""
     folder = tmp_path_factory.mktemp("bad")
     (folder / "d.d").mkdir()
+    (folder / "loop.csv").symlink_to("loop.csv")
     for name in ("full.csv", "full.parquet", "full.svg"):
         (folder / name).symlink_to("/dev/full")
     for name, content in FILES.items():

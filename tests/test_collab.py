@@ -434,3 +434,15 @@ def test_the_librarys_errors_are_its_own(plain, source):
     for wrong in ({"n_factor": 8}, {"recipe": "x"}, {"loss": "x"}, {"epochs": 0}):
         with pytest.raises(ValueError, match=str(next(iter(wrong)))):
             collab.prepare(source, **wrong)
+
+
+def test_titles_that_are_numbers_are_texts(main, tmp_path):
+    row = polars.Series(range(99))
+    ratings = polars.DataFrame({"user": row % 10, "item": row % 7, "rating": row % 5})
+    ratings.write_csv(tmp_path / "r.csv")
+    titles = polars.DataFrame({"item": range(7), "title": range(1990, 1997)})
+    titles.write_parquet(tmp_path / "i.parquet")
+    files = ("--ratings", "r.csv", "--items", "i.parquet")
+    assert main("train", "--epochs", 1, *files, "--save", "m.pt").returncode == 0
+    found = json.loads(main("similar", "m.pt", "--item", "1993", "--json").stdout)
+    assert (found["item"], found["title"]) == (3, "1993")
