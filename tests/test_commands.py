@@ -4,13 +4,14 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree
 from functools import partial
 from pathlib import Path
+from signal import SIGINT as INT
+from signal import SIGTERM as TERM
 from types import SimpleNamespace
 
 import numpy
@@ -205,9 +206,6 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(tmp_path, small, start
 
 WAITING = ["a pipe without a writer", "rank 0", "rank 1"]
 IMPORTS = ["click._compat", "polars.dataframe", "torch._C", "torch.nn"]
-
-
-INT, TERM = signal.SIGINT, signal.SIGTERM
 
 
 @pytest.mark.parametrize(
