@@ -182,8 +182,8 @@ def test_ratings_that_are_no_scale(tiny, n_levels):
 @pytest.mark.parametrize("recipe", ["default", "best"])
 @pytest.mark.parametrize(("factor", "constant"), [(1e-6, 0), (1e6, 0), (1, 100), (-1, 6)])
 def test_the_scale_of_ratings_changes_the_unit_alone(source, recipe, factor, constant):
-    ratings = source.ratings.drop("timestamp").sample(5_000, seed=0)
-    options, found = {"n_factors": 8, "epochs": 2, "ensemble": 1, "features": ("id",)}, []
+    ratings, found = source.ratings.sample(5_000, seed=0), []
+    options = {"n_factors": 8, "epochs": 2, "ensemble": 1, "features": ("id", "time")}
     for scale in (1, 0), (factor, constant):
         rating = (polars.col("rating") * scale[0] + scale[1]).cast(polars.Float32)
         part = source._replace(ratings=ratings.with_columns(rating), split="random")

@@ -492,7 +492,8 @@ def test_time_context_is_the_formula():
     mean, excess = train["rating"].mean(), {}
     for (item,), part in train.group_by("item"):
         excess[item] = (part["rating"] - mean).sum() / (len(part) + 5)
-    rated = [(u, i, r - mean - excess[i], t) for u, i, r, t in train.iter_rows()]
+    unit = data.UA_DEVIATION / train["rating"].std(ddof=0)
+    rated = [(u, i, (r - mean - excess[i]) * unit, t) for u, i, r, t in train.iter_rows()]
     for part, context in zip((train, test), data.time_context(train, test), strict=True):
         for (user, item, _, time_), row in zip(part.iter_rows(), context.tolist(), strict=True):
             others = [(e, t) for u, i, e, t in rated if u == user and i != item]

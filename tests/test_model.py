@@ -277,11 +277,10 @@ def test_the_prior_by_hand():
 
 def test_likings_by_hand():
     params = make_params(2, 3)
+    members = params, params._replace(item_bias=params.item_bias + 1)
     z = params.user_bias[1] + params.item_bias
     expected = (HEAD.predict(z) + HEAD.predict(z + 1)) / 2
-    other = params._replace(item_bias=params.item_bias + 1)
-    got = model.find_likings([params, other], 1, head=HEAD)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    assert torch.allclose(model.find_likings(members, 1, head=HEAD), expected, 0, 1e-12)
 
 
 def test_similar_is_the_mean_cosine():
