@@ -751,8 +751,9 @@ def load(path: str | Path, kind: str) -> tuple[dict, dict]:
                 raise ValueError("its tensors are larger than the file")
             file.seek(0)
             tensors = torch.load(file, weights_only=True, map_location=device)
-            about = json.loads(tensors.pop("about"))
+            text = tensors.pop("about")
             n_bytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+    about = json.loads(text)
     check_numbers(about)
     check(kind, about, tensors)
     return about, tensors
@@ -840,6 +841,13 @@ def find_item(trained: Model, raw, *, allow_unknown: bool = False) -> int:
     raise ValueError(f"{str(raw)!r} is in {len(rows)} titles: {listed}{more}")
 
 
+def find_items(trained: Model, raw: pl.Series) -> torch.Tensor:
+    """`find_item` of each of `raw` (N,), int64 (N,): the ids at once, the rest by titles."""
+    rows = data.find_rows(trained.ids.items, raw).to_list()
+    pairs = zip(rows, raw, strict=True)
+    return torch.tensor([find_item(trained, r) if n is None else n for n, r in pairs]).long()
+
+
 def count_ratings(trained: Model) -> torch.Tensor:
     """How many training ratings each item has, (n_items,)."""
     return torch.bincount(trained.tensors["train_items"], minlength=len(trained.ids.items))
@@ -868,12 +876,17 @@ def find_history(trained: Model) -> pl.DataFrame:
     return to_frame(NAMES, users.long(), items.long(), *rest)
 
 
-def find_columns(trained: Model, pairs, **options) -> tuple:
+def find_pairs(trained: Model, pairs: pl.DataFrame, **options) -> tuple:
+    """`find_rows` of the users and of the items of a frame of raw ids."""
+    return tuple(find_rows(trained, name, pairs[name], **options) for name in ("user", "item"))
+
+
+def find_columns(trained: Model, pairs: pl.DataFrame, **options) -> tuple:
     """Rows of users and items of a frame of raw ids, and with the feature time their context.
 
     `options` are those of `find_rows`. Without timestamps there is no context.
     """
-    rows = tuple(find_rows(trained, name, pairs[name], **options) for name in ("user", "item"))
+    rows = find_pairs(trained, pairs, **options)
     if "time" not in trained.options["features"] or "timestamp" not in pairs.columns:
         return rows
     asked = to_frame(NAMES, *rows, torch.zeros(len(pairs)), pairs["timestamp"].to_torch())
@@ -927,7 +940,7 @@ def rank(trained: Model, ratings=None, *, k: int = 10, min_rating: float | None 
         raise ValueError(f"k must be from 1 to the {n_items} items, not {k}")
     columns = [trained.tensors[f"test_{name}"] for name in ("users", "items", "ratings")]
     if ratings is not None:
-        rows = find_columns(trained, ratings.drop("timestamp", strict=False), allow_unknown=True)
+        rows = find_pairs(trained, ratings, allow_unknown=True)
         columns = *rows, ratings["rating"].to_torch()
     least = -math.inf if min_rating is None else min_rating
     is_known = (pl.col("user") < n_users) & (pl.col("item") < n_items)
@@ -1001,12 +1014,12 @@ def to_rated(trained: Model, rated: pl.DataFrame) -> tuple:
     Of several ratings of one item the latest counts, of one time or without times the last.
     """
     low, high = trained.clip
-    rows = [find_item(trained, item) for item in rated["item"]]
+    rows = find_items(trained, rated["item"])
     wrong = rated.filter(~pl.col("rating").is_between(low, high))
     if len(wrong):
         item, rating = wrong.select("item", "rating").row(0)
         raise ValueError(f"rating {rating:g} of item {item!r} is not within {low:g} to {high:g}")
-    rated = rated.with_columns(pl.Series("item", rows, pl.Int64), user=0)
+    rated = rated.with_columns(pl.Series("item", rows.numpy()), user=0)
     rated = data.drop_repeats(rated)
     columns = [rated[name].to_torch() for name in NAMES[1:] if name in rated.columns]
     return columns[0], columns[1].float(), *columns[2:]
@@ -1640,10 +1653,13 @@ def evaluate_command(path, ratings, ranking, k, min_rating, **told):
         raise Usage("the options of columns go with --ratings.")
     if ratings is not None:
         frame = data.drop_repeats(data.read_ratings(ratings, columns=columns))
-        if not told["allow_unknown"] and ratings.is_file():  # again, for its lines
-            scan, locate = data.scan_pairs(ratings, columns=columns)
-            find_columns(trained, scan.drop("timestamp", strict=False).collect(), locate=locate)
-    figures = evaluate(trained, frame, **choose(told, "allow_unknown", "allow_overlap"))
+    try:
+        figures = evaluate(trained, frame, **choose(told, "allow_unknown", "allow_overlap"))
+    except ValueError:
+        if ratings is not None and ratings.is_file() and not told["allow_unknown"]:
+            scan, locate = data.scan_pairs(ratings, columns=columns)  # for the line of an id
+            find_pairs(trained, scan.collect(), locate=locate)
+        raise
     place = ratings or describe_test(trained.figures)
     lines = [f"{format_errors(figures)} on {figures['n_test']:,} ratings of {place}"]
     if ranking:
@@ -1729,8 +1745,7 @@ def recommend_command(path, user, rated, all_users, output, n, include_seen, **t
         asked = {"user": trained.ids.users[find_rows(trained, "user", [user]).item()]}
     else:
         rated = read_rated(trained, rated, choose_columns(told))
-        rows = [find_item(trained, item) for item in rated["item"]]
-        titles = describe_items(trained, torch.tensor(rows, dtype=torch.int64))["title"]
+        titles = describe_items(trained, find_items(trained, rated["item"]))["title"]
         notice(f"rated: {'; '.join(titles)}")
     found = recommend(trained, user, rated=rated, **options).select("item", "title", "rating")
     return asked | {"items": found.to_dicts()}, format_frame(found)
