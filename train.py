@@ -1,7 +1,7 @@
 """The training loop, a generator that yields after each epoch, and evaluation in one pass.
 
 `fit` is the loop, which `share` lets several processes run together; `find_lr` tries learning
-rates; `evaluate` judges predicted ratings.
+rates; `evaluate` judges predicted ratings, `rank` lists of items.
 
 >>> import torch
 >>> from train import evaluate, fit
