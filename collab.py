@@ -222,7 +222,7 @@ class Source(NamedTuple):
 
     name: str  # of the MovieLens, or the path
     split: str  # how the ratings are cut unless told
-    ratings: pl.DataFrame  # user, item, rating[, timestamp], as `data.read_ratings`
+    ratings: pl.DataFrame  # user, item, rating[, timestamp], as of `data.read_ratings`
     test: pl.DataFrame | None  # a test part of its own, the same
     users: pl.DataFrame | None  # side information, as `data.read_users`, `data.read_items`
     items: pl.DataFrame | None
@@ -230,43 +230,64 @@ class Source(NamedTuple):
 
 
 def read(
-    ratings: str | Path = "ml-100k",
+    ratings="ml-100k",
     *,
-    test: str | Path | None = None,
-    users: str | Path | None = None,
-    items: str | Path | None = None,
-    columns: dict | None = None,
+    test=None,
+    users=None,
+    items=None,
     rating_range: tuple[float, float] | None = None,
     data_dir: str | Path | None = None,
     notice=lambda line: None,
+    **how,
 ) -> Source:
-    """Read a MovieLens, by a name of `data.DATASETS`, or a path, with the tables beside it.
+    """Read a MovieLens, by a name of `data.DATASETS`, or a path or a frame, with tables beside it.
 
-    `columns` and `rating_range` are those of `data.read_ratings`. Of several ratings of one (user,
-    item) the latest is kept. `notice` gets a line on where data came from and on what was left out.
-    ValueError and OSError in one line for what cannot be read.
+    The four may be paths or frames; `how` (columns, encoding, skip_bad) and `rating_range` are as in
+    `data.read_ratings`. Of several ratings of one (user, item) the latest is kept. `notice` gets a
+    line on where data came from and on what was understood and left out. ValueError and OSError in
+    one line for what cannot be read, and for a table of users or items of which none has a rating.
     """
     is_own = not isinstance(ratings, str) or ratings not in data.DATASETS
-    path = Path(ratings) if is_own else data.get_dataset(ratings, data_dir, notice=notice)
+    how |= {"notice": notice}
+    path = ratings if is_own else data.get_dataset(ratings, data_dir, notice=notice)
 
-    def read_part(path, columns):
-        frame = data.read_ratings(path, columns=columns, rating_range=rating_range)
+    def read_part(table, **how):
+        frame = data.read_ratings(table, rating_range=rating_range, **how)
         kept = data.drop_repeats(frame)
         if n_repeats := len(frame) - len(kept):
-            notice(f"{path}: {n_repeats:,} earlier ratings of the same user and item are left out")
+            notice(f"{n_repeats:,} earlier ratings of the same user and item are left out")
         return kept
 
-    frames = [read_part(path, columns if is_own else None)]
-    frames.append(read_part(Path(test), columns) if test else None)
-    is_archive = path.is_dir() or (path.is_file() and zipfile.is_zipfile(path))  # a pipe: once
-    for reader, own, name in ((data.read_users, users, "user"), (data.read_items, items, "item")):
-        where = path if own is None and is_archive else own and Path(own)
-        frames.append(where and reader(where, column=own and (columns or {}).get(name)))
-        if own is not None and frames[-1] is None:
-            raise ValueError(f"{own}: no table of {name}s in it")
-    split = "test file" if test else "ua" if ratings == "ml-100k" else "random"
-    name = os.fsencode(ratings).decode(errors="replace")  # a file may have any
-    return Source(name, split, *data.same_ids(*frames), rating_range)
+    frames = [read_part(path, **(how if is_own else {"notice": notice}))]
+    frames.append(None if test is None else read_part(test, **how))
+    has_tables = data.has_tables(path)
+    for own, reader in ((users, data.read_users), (items, data.read_items)):
+        if own is None:
+            frames.append(reader(path) if has_tables else None)
+        else:
+            frames.append(reader(own, **how))
+            if frames[-1] is None:
+                raise ValueError(f"{own}: no table in it that is known: give the path of a file")
+    frames = data.same_ids(*frames)
+    for name, about in zip(("user", "item"), frames[2:], strict=True):
+        if about is not None:
+            check_table(name, about[name], frames[:2], notice)
+    split = "ua" if not is_own and ratings == "ml-100k" else "random"
+    split = "test file" if test is not None else split
+    is_path = isinstance(ratings, str | os.PathLike)
+    name = os.fsencode(ratings).decode(errors="replace") if is_path else "a frame"
+    return Source(name, split, *frames, rating_range)
+
+
+def check_table(name: str, ids: pl.Series, ratings: tuple, notice) -> None:
+    """That some `ids` of a table of users or items have `ratings`; a notice on how many have none."""
+    rated = pl.concat([frame[name].unique() for frame in ratings if frame is not None])
+    n_rated = ids.is_in(rated.implode()).sum()
+    if not n_rated:
+        ways = f"{ids[0]!r} there, {rated[0]!r} in the ratings: --{name}-column tells another"
+        raise ValueError(f"no {name} of the table of {name}s has a rating: {ways}")
+    if n_rated < len(ids):
+        notice(f"{len(ids) - n_rated:,} of the table's {len(ids):,} {name}s have no ratings")
 
 
 class Task(NamedTuple):
@@ -319,8 +340,8 @@ def prepare(
     ratings, (n_users, n_items) = task.train[2], map(len, task.ids)
     clip = tuple(map(float, source.rating_range or find_range(ratings)))
     if ratings.min() == ratings.max():
-        where = f"{source.name}: all ratings of the training part are"
-        raise ValueError(f"{where} {ratings[0]:g}: there is nothing to learn")
+        where = f"{source.name}: all ratings of the training part are {ratings[0]:g}"
+        raise ValueError(f"{where}: pass ratings, not clicks or purchases")
     options = fit_recipe(options, given, task.train, clip, notice)
     n_unseen = n_users - count_seen(task.train[0]), n_items - count_seen(task.train[1])
     if any(n_unseen):
@@ -356,8 +377,9 @@ def make_task(parts: list, source: Source, kinds: tuple, *, allow_overlap: bool)
     """The tensors of a `Task` from its train and test frames, which leave `parts` meanwhile."""
     frame, test_frame = parts
     parts.clear()  # so that nobody holds the frames when they are let go of below
-    part, test, ids = data.to_tensors(frame, test_frame, allow_overlap=allow_overlap)
-    about = {"users": source.users, "items": source.items} if "side" in kinds else {}
+    about = {"users": source.users, "items": source.items}
+    part, test, ids = data.to_tensors(frame, test_frame, allow_overlap=allow_overlap, **about)
+    about = about if "side" in kinds else {}
     sizes, features = tuple(map(len, ids)), None
     if kinds != ("id",):
         *matrices, sizes = data.features(frame, ids, kinds, **about)
@@ -387,8 +409,12 @@ def find_baselines(task: Task, clip: tuple[float, float]) -> dict:
         "mean": lambda rows, columns, *_: users.new_full(rows.shape, mean),
         "averages": lambda rows, columns, *_: mean + users[rows] + items[columns],
     }
-    evaluate = partial(train.evaluate, clip=clip)
-    return {name: evaluate(each, *task.test)._asdict() for name, each in predictions.items()}
+    return {name: find_errors(each, task.test, clip) for name, each in predictions.items()}
+
+
+def find_errors(predict, columns: tuple, clip: tuple[float, float]) -> dict:
+    """mse, rmse and mae on the `columns` of a test part; nothing of one without ratings."""
+    return train.evaluate(predict, *columns, clip=clip)._asdict() if len(columns[0]) else {}
 
 
 # Training
@@ -404,8 +430,8 @@ def train_model(
 ) -> Model:
     """Train the ensemble's members side by side, and return the `Model`.
 
-    After each epoch `on_epoch` gets its figures, a dict: epoch, train_loss, mse, rmse, mae, seconds
-    (of training), evaluate_seconds; the model's `figures` are what `train --metrics` writes. A
+    After each epoch `on_epoch` gets its figures, a dict: epoch, train_loss, mse, rmse, mae (of the
+    split none none of these three), seconds (of training), evaluate_seconds; the model's `figures` are what `train --metrics` writes. A
     file `checkpoint` is written after each epoch, with `arguments`, plain values; training goes on
     after the last epoch of such a file, `resume`, to the same bits. torch's number of threads is
     the caller's: one is fastest for small batches. Under `torch.distributed` the other processes
@@ -428,10 +454,10 @@ def train_model(
         tables = [epoch.params[0] for epoch in epochs]
         members = [to_rows(task, table) for table in tables]
         predict = partial(predict_mean, members, head=head)
-        errors = train.evaluate(predict, *task.test, clip=task.clip)
+        errors = find_errors(predict, task.test, task.clip)
         loss = statistics.mean(epoch.train_loss for epoch in epochs)
         row = {"epoch": epochs[0].epoch, "train_loss": loss * unit**2}
-        row |= errors._asdict() | {"seconds": fitted - start}
+        row |= errors | {"seconds": fitted - start}
         rows.append(row | {"evaluate_seconds": time.perf_counter() - fitted})
         if checkpoint is not None:
             states = [epoch.state for epoch in epochs]
@@ -543,6 +569,9 @@ def find_lr(task: Task, *, n_steps: int = 200, lr_min: float = 1e-4, lr_max: flo
 # Model file and checkpoint
 
 
+ERRORS = ("mse", "rmse", "mae")
+
+
 class Model(NamedTuple):
     """A trained model: what is in its file, and what answers need of it at hand."""
 
@@ -558,6 +587,12 @@ class Model(NamedTuple):
     titles: pl.Series  # by row of the items, the id where there is none
     members: list  # of each table `to_rows`
 
+    def __repr__(self) -> str:
+        """One line, for a notebook, in place of a hundred thousand ids."""
+        text = "<Model: {recipe} on {dataset}, {split}; {n_users:,} users, {n_items:,} items"
+        errors = f"; {format_errors(self.figures)}" if "mse" in self.figures else ""
+        return text.format_map(self.figures) + errors + ">"
+
 
 # The tensors of files by name: which have it; dtype; sizes, of which one letter is the same in all;
 # and the size that integers are below. M members, R rows of K factors and Q biases (C), U users, I
@@ -568,15 +603,15 @@ TENSORS = {
     "seen_items": ("model", "bool", "I", None),
     "train_users": ("model", "int32", "N", "U"),  # in order
     "train_items": ("model", "int32", "N", "I"),
-    "test_users": ("model", "int64", "T", "U"),
-    "test_items": ("model", "int64", "T", "I"),
-    "test_ratings": ("model", "float32", "T", None),
+    "test_users": ("test", "int64", "T", "U"),
+    "test_items": ("test", "int64", "T", "I"),
+    "test_ratings": ("test", "float32", "T", None),
     "feature_rows": ("features", "int64", "E", "P"),  # in order
     "feature_columns": ("features", "int64", "E", "R"),
     "feature_values": ("features", "float32", "E", None),
     "train_ratings": ("time", "float32", "N", None),
     "train_times": ("time", "int64", "N", None),
-    "test_context": ("time", "float32", "TS", None),
+    "test_context": ("context", "float32", "TS", None),
     "means": ("checkpoint", "float32", "MRC", None),  # Adam's
     "squares": ("checkpoint", "float32", "MRC", None),
     "generators": ("checkpoint", "uint8", "MB", None),
@@ -592,7 +627,7 @@ def find_forms(*files: str) -> dict:
 def make_model(task: Task, tables: list[torch.Tensor], rows: list[dict]) -> Model:
     """The `Model` of the members' tables and of the figures of their epochs."""
     rows = [dict(row) for row in rows]
-    figures = task.figures | {"epochs": rows} | {n: rows[-1][n] for n in ("mse", "rmse", "mae")}
+    figures = task.figures | {"epochs": rows} | choose(rows[-1], *ERRORS)
     figures["evaluate_seconds"] = sum(row.pop("evaluate_seconds") for row in rows)
     figures["fit_seconds"] = sum(row["seconds"] for row in rows)
     user_ids, item_ids = (raw_ids.to_list() for raw_ids in task.ids)
@@ -603,13 +638,15 @@ def make_model(task: Task, tables: list[torch.Tensor], rows: list[dict]) -> Mode
     if not (users[1:] >= users[:-1]).all():  # as only a test file of one's own leaves them
         order = torch.argsort(users, stable=True)
         columns = [column[order] for column in columns]
-    every = torch.stack(tables), *task.seen, *columns[:2], *task.test[:3]
+    every = torch.stack(tables), *task.seen, *columns[:2]
     tensors = dict(zip(find_forms("model"), every, strict=True))
     if task.features is not None:
         starts, *entries = task.features.matrix
         lines = torch.arange(len(starts) - 1).repeat_interleave(starts.diff())
         tensors |= zip(find_forms("features"), (lines, *entries), strict=True)
-    tensors |= zip(find_forms("time"), (*columns[2:], *task.test[3:]), strict=False)
+    tensors |= zip(find_forms("time"), columns[2:], strict=False)
+    if len(task.test[0]):
+        tensors |= zip(find_forms("test", "context"), task.test, strict=False)
     return assemble(about, tensors)
 
 
@@ -652,8 +689,9 @@ def check(kind: str, about: dict, tensors: dict) -> None:
     sizes |= {"P": count_lines(options, ids), "Q": make_head(*about["head"]).n_outputs}
     kinds = set(options["features"])
     sizes |= {"R": sizes["P"]} if kinds == {"id"} else {}
-    files = "model", "time" * ("time" in kinds), "features" * (kinds != {"id"})
-    check_tensors(tensors, find_forms(*files), sizes)
+    files = {"model": True, "test": about["figures"]["n_test"] > 0, "features": kinds != {"id"}}
+    files |= {"time": "time" in kinds, "context": files["test"] and "time" in kinds}
+    check_tensors(tensors, find_forms(*(file for file in files if files[file])), sizes)
     if not tensors["seen_users"].any() or not tensors["seen_items"].any():
         raise ValueError("it has seen nothing")
     n_rows = len({"id", "implicit"} & kinds) * (sizes["U"] + sizes["I"])
@@ -682,9 +720,11 @@ def check_about(about: dict) -> None:
 
 def check_states(about: dict, tensors: dict) -> None:
     """`check` of a checkpoint."""
-    names = {"epoch", "train_loss", "mse", "rmse", "mae", "seconds", "evaluate_seconds"}
+    names = {"epoch", "train_loss", "seconds", "evaluate_seconds"}
     numbers = [each for row in about["rows"] for each in row.values()]
-    is_whole = all(set(row) == names for row in about["rows"]) and len(about["rows"]) > 0
+    is_whole = (
+        all(set(row) - {*ERRORS} == names for row in about["rows"]) and len(about["rows"]) > 0
+    )
     is_whole &= set(about) == {"format", "arguments", "fingerprint", "rows"}
     if not is_whole or not {*map(type, numbers)} <= {int, float}:
         raise ValueError("the figures of its epochs are not whole")
@@ -914,6 +954,8 @@ def evaluate(trained: Model, ratings=None, *, allow_unknown=False, allow_overlap
     predicted as the average one, and, unless `allow_overlap`, for a pair of the training part.
     """
     columns = [t for name, t in trained.tensors.items() if name.startswith("test")]
+    if ratings is None and not columns:
+        raise ValueError("the model has no test part: give others by --ratings")
     if ratings is not None:
         users, items, *context = find_columns(trained, ratings, allow_unknown=allow_unknown)
         columns = users, items, ratings["rating"].to_torch(), *context
@@ -922,7 +964,7 @@ def evaluate(trained: Model, ratings=None, *, allow_unknown=False, allow_overlap
         if len(shared) and not allow_overlap:
             pair = ratings.select("user", "item").row(shared["index"].min())
             where = f"{len(shared)} of the (user, item) pairs are in the model's training part"
-            raise ValueError(f"{where}, the first is {pair}")
+            raise ValueError(f"{where}, the first is {pair}: --allow-overlap takes them too")
     predict = partial(predict_mean, trained.members, head=make_head(*trained.head))
     errors = train.evaluate(predict, *columns, clip=trained.clip)
     return {"n_test": len(columns[0]), **errors._asdict()}
@@ -938,7 +980,7 @@ def rank(trained: Model, ratings=None, *, k: int = 10, min_rating: float | None 
     n_users, n_items = map(len, trained.ids)
     if not 1 <= k <= n_items:
         raise ValueError(f"k must be from 1 to the {n_items} items, not {k}")
-    columns = [trained.tensors[f"test_{name}"] for name in ("users", "items", "ratings")]
+    columns = [trained.tensors.get(f"test_{name}") for name in ("users", "items", "ratings")]
     if ratings is not None:
         rows = find_pairs(trained, ratings, allow_unknown=True)
         columns = *rows, ratings["rating"].to_torch()
@@ -999,6 +1041,7 @@ def list_top(trained: Model, members: list, users, seen: list, n: int) -> pl.Dat
     """
     n_items, n = len(trained.ids.items), min(n, len(trained.ids.items))
     scores = model.predict_all(members, users, n_items=n_items, head=make_head(*trained.head))
+    scores[:, ~trained.seen[1]] = -math.inf  # average ones, of which nothing is known
     for own, items in zip(scores, seen, strict=True):
         own[items] = -math.inf
     ratings, items = scores.topk(n)
@@ -1222,15 +1265,18 @@ OPTIONS = {
         "ratings": (FILE, "Instead: a table of user, item, rating[, time], or a MovieLens."),
         "users": (FILE, "A table of what is known of the users."),
         "items": (FILE, "The same for items; titles are shown."),
-        "user-column": (str, "The user column's name in the files' headers."),
+        "user-column": (str, "The user column's name in the files' headers, or its number from 1."),
         "item-column": (str, "The item column's."),
         "rating-column": (str, "The rating column's."),
         "time-column": (str, "The time column's."),
-        "rating-range": (INTERVAL, "Of the scale; a rating outside is an error."),
+        "title-column": (str, "The titles', of --items."),
+        "encoding": (str, "Of the files, where it is not UTF-8: latin-1, cp1252 ..."),
+        "skip-bad": (bool, "Leave out lines that can't be read, and count them."),
+        "rating-range": (INTERVAL, "Of the scale; a rating outside can't be read."),
         "data-dir": (FILE, "Folder of the data.  [default: the user's cache]"),
     },
     "Split": {
-        "split": (str, "ua, ub, u1 to u5 (ml-100k only), random; last10, last1 ... by time."),
+        "split": (str, "ua, ub, u1 to u5 (ml-100k only), random; last10, last1 ... by time; none."),
         "test": (FILE, "Test on the ratings of this file; no split."),
         "allow-overlap": (bool, "Pairs of the training part may be tested on."),
         "holdout": (PART, "Test on this share of the training part: the test part is not read"),
@@ -1261,8 +1307,8 @@ OPTIONS = {
         "resume": (FILE, "Go on from this checkpoint, and keep it up unless --checkpoint."),
     },
     "Options": {
-        "splits": (to_names, "Published ones, to test on in turn.", "u1,u2,u3,u4,u5"),
-        "folds": (click.IntRange(2), "Instead: cut the ratings at random into this many."),
+        "splits": (to_names, "Published ones, to test on in turn.  [ml-100k: u1,u2,u3,u4,u5]"),
+        "folds": (click.IntRange(2), "Cut the ratings at random into this many.  [other data: 5]"),
         "user": (str, "Its id."),
         "item": (str, "Its id, or a part of its title that no other has."),
         "pairs": (FILE, "Instead: a table of user, item[, time], of any length."),
@@ -1281,7 +1327,8 @@ OPTIONS = {
 }
 # fmt: on
 COLUMNS = {"user": "user", "item": "item", "rating": "rating", "time": "timestamp"}
-COLUMN_OPTIONS = tuple(f"{name}-column" for name in COLUMNS)
+READING = (*(f"{name}-column" for name in COLUMNS), "encoding", "skip-bad")
+COLUMNS = COLUMNS | {"title": "title"}
 WHOM, RANKING = ("user", "rated", "all-users"), ("ranking", "k", "min-rating")
 ALLOWED = ("allow-unknown", "allow-overlap")
 PICTURES, TABLES = (".png", ".svg"), (".csv", ".tsv", ".parquet")
@@ -1354,7 +1401,7 @@ def show(context, answer) -> None:
     """Print what a command returns: a value, if --json was given, or lines."""
     value, lines = answer or (None, ())
     if context.meta.get("json"):
-        lines = [json.dumps(value, ensure_ascii=False, allow_nan=False)]
+        lines = [json.dumps(value, allow_nan=False)]
     for line in lines:
         say(line)
 
@@ -1408,7 +1455,7 @@ def describe_ratings(task: Task):
 def describe_baselines(figures: dict):
     """Lines on the errors that there are without a model."""
     names = {"mean": "mean rating", "averages": "averages of users and items"}
-    for name, errors in figures["baselines"].items():
+    for name, errors in ((name, e) for name, e in figures["baselines"].items() if e):
         yield f"without a model, by the {names[name]}: {format_errors(errors)}"
 
 
@@ -1418,7 +1465,7 @@ def conclude(line: str, figures: dict, metrics: Path | None) -> None:
         text = json.dumps(figures, indent=1, allow_nan=False) + "\n"
         data.write_file(metrics, text.encode())
     say(line)
-    if figures["rmse"] > figures["baselines"]["averages"]["rmse"]:
+    if "rmse" in figures and figures["rmse"] > figures["baselines"]["averages"]["rmse"]:
         notice("this is worse than the averages of users and items: predict those instead")
 
 
@@ -1458,10 +1505,11 @@ def choose(told: dict, *names: str) -> dict:
     return {name: told[name] for name in names if name in told}
 
 
-def choose_columns(told: dict) -> dict:
-    """The `columns` of `data.read_ratings` from the values of the options."""
+def choose_reading(told: dict) -> dict:
+    """The keywords of `data.read_ratings` from the values of the options."""
     values = {column: told.get(f"{name}_column") for name, column in COLUMNS.items()}
-    return {column: value for column, value in values.items() if value is not None}
+    how = {"columns": {column: value for column, value in values.items() if value is not None}}
+    return how | choose(told, "encoding", "skip_bad") | {"notice": notice}
 
 
 def check_paths(sources, *results: Path | None, endings: tuple = ("",)) -> None:
@@ -1479,10 +1527,10 @@ def check_paths(sources, *results: Path | None, endings: tuple = ("",)) -> None:
 def start(told: dict, *results: Path | None) -> Source:
     """What a command that trains does first: cheap checks, threads, and reading."""
     choose_options(told["recipe"], choose(told, *DEFAULT))
-    paths, columns = choose(told, "ratings", "test", "users", "items"), choose_columns(told)
+    paths, how = choose(told, "ratings", "test", "users", "items"), choose_reading(told)
     if told["ratings"] and told["dataset"]:
         raise Usage("--dataset {dataset} and --ratings {ratings} are two.".format_map(told))
-    if columns and not any(paths.values()):
+    if how["columns"] and not any(paths.values()):
         raise Usage("the options of columns go with --ratings.")
     check_names("--dataset", tuple(filter(None, [told["dataset"]])), data.DATASETS)
     if not re.fullmatch("|".join((*data.SPLITS, r"last[1-9]\d{0,8}")), told.get("split") or "ua"):
@@ -1491,7 +1539,7 @@ def start(told: dict, *results: Path | None) -> Source:
     torch.set_num_threads(told["threads"])
     ratings = paths.pop("ratings") or told["dataset"] or "ml-100k"
     rest = choose(told, "rating_range", "data_dir")
-    return read(ratings, **paths, columns=columns, **rest, notice=notice)
+    return read(ratings, **paths, **how, **rest)
 
 
 def choose_task(told: dict) -> dict:
@@ -1530,8 +1578,9 @@ def train_command(context, metrics, save, checkpoint, resume, **told):
     load_seconds = time.perf_counter() - started
     for line in (*describe_ratings(task), *describe_baselines(task.figures)):
         notice(line)
-    tested = "test" if told["holdout"] is None else "held"
-    say(f"epoch | train_loss | {tested}_mse | {tested}_rmse | {tested}_mae |    time")
+    tested, has_test = "test" if told["holdout"] is None else "held", len(task.test[0]) > 0
+    errors = f" {tested}_mse | {tested}_rmse | {tested}_mae |" * has_test
+    say(f"epoch | train_loss |{errors}    time")
     with progress(task.options["epochs"], "epochs") as bar:
         trained = train_model(
             task,
@@ -1546,8 +1595,10 @@ def train_command(context, metrics, save, checkpoint, resume, **told):
     figures.update(load_seconds=load_seconds, processes=n_processes)
     if save is not None:
         save_model(save, trained)
-    done = f"on {describe_test(figures)}, trained in {figures['fit_seconds']:.2f} s"
-    conclude(f"{tested} {format_errors(figures)} {done}", figures, metrics)
+    done = f"trained in {figures['fit_seconds']:.2f} s"
+    if has_test:
+        done = f"{tested} {format_errors(figures)} on {describe_test(figures)}, {done}"
+    conclude(done, figures, metrics)
 
 
 def restore_options(context: click.Context, path: Path) -> dict:
@@ -1568,7 +1619,7 @@ def show_epoch(task: Task, bar, figures: dict) -> None:
     if not bar.hidden:  # the bar makes room for the line
         click.echo("\r\033[K", nl=False, err=True)
     widths = {"train_loss": 10, "mse": 8, "rmse": 9, "mae": 8}
-    cells = [f"{figures[name]:#{width}.4g}" for name, width in widths.items()]
+    cells = [f"{figures[n]:#{width}.4g}" for n, width in widths.items() if n in figures]
     say(f"{figures['epoch']:5} | {' | '.join(cells)} | {figures['seconds']:5.2f} s")
     n_ratings = task.figures["n_train"] * task.options["ensemble"]
     bar.update(1, f"{n_ratings / max(figures['seconds'], 1e-9):,.0f} ratings/s")
@@ -1585,8 +1636,9 @@ def cross_validate_command(splits, folds, metrics, **told):
     """Train and test on several splits: each one's error, the mean and the spread."""
     if (n_processes := find_processes()[1]) > 1:
         raise Usage(f"cross-validate is of one process, not of {n_processes}.")
-    check_names("--splits", splits, data.PUBLISHED_SPLITS)
     source, rows = start(told, metrics), []
+    splits = splits or data.PUBLISHED_SPLITS[2:]
+    check_names("--splits", splits, data.PUBLISHED_SPLITS)
     parts = zip(splits, (data.split(source.ratings, name) for name in splits), strict=True)
     if folds:
         names = [f"{number + 1}/{folds}" for number in range(folds)]
@@ -1645,20 +1697,21 @@ def info_command(path):
     return told, lines
 
 
-@command("evaluate", "MODEL", "ratings", *COLUMN_OPTIONS, *RANKING, *ALLOWED, "json")
+@command("evaluate", "MODEL", "ratings", *READING, *RANKING, *ALLOWED, "json")
 def evaluate_command(path, ratings, ranking, k, min_rating, **told):
     """A saved model's error on the test part of its training, or on other ratings."""
-    trained, frame, columns = load_model(path), None, choose_columns(told)
-    if ratings is None and columns:
+    trained, frame, how = load_model(path), None, choose_reading(told)
+    if ratings is None and how["columns"]:
         raise Usage("the options of columns go with --ratings.")
     if ratings is not None:
-        frame = data.drop_repeats(data.read_ratings(ratings, columns=columns))
+        frame = data.drop_repeats(data.read_ratings(ratings, **how))
     try:
         figures = evaluate(trained, frame, **choose(told, "allow_unknown", "allow_overlap"))
     except ValueError:
         if ratings is not None and ratings.is_file() and not told["allow_unknown"]:
-            scan, locate = data.scan_pairs(ratings, columns=columns)  # for the line of an id
-            find_pairs(trained, scan.collect(), locate=locate)
+            frame, locate = data.scan_pairs(ratings, **how)  # for the line of an id
+            frame = frame.collect()
+            find_pairs(trained, frame, locate=lambda at: locate(frame["row"][at]))
         raise
     place = ratings or describe_test(trained.figures)
     lines = [f"{format_errors(figures)} on {figures['n_test']:,} ratings of {place}"]
@@ -1670,12 +1723,10 @@ def evaluate_command(path, ratings, ranking, k, min_rating, **told):
     return figures, lines
 
 
-@command(
-    "predict", "MODEL", "user", "item", "pairs", *COLUMN_OPTIONS, "output", *ALLOWED[:1], "json"
-)
+@command("predict", "MODEL", "user", "item", "pairs", *READING, "output", *ALLOWED[:1], "json")
 def predict_command(path, user, item, pairs, output, allow_unknown, **told):
     """The rating that a user will give an item, or those of a table of pairs."""
-    columns, options = choose_columns(told), {"allow_unknown": allow_unknown}
+    how, options = choose_reading(told), {"allow_unknown": allow_unknown}
     is_one = None not in (user, item) and pairs is None and output is None
     is_table = None not in (pairs, output) and user is None and item is None
     if not is_one and not is_table:
@@ -1684,7 +1735,7 @@ def predict_command(path, user, item, pairs, output, allow_unknown, **told):
     trained, counts = load_model(path), []
     if pairs is None:
         return predict_one(trained, user, item, **options)
-    scan, locate = data.scan_pairs(pairs, columns=columns)
+    scan, locate = data.scan_pairs(pairs, **how)
 
     def answer(frame):
         counts.append(len(frame))
@@ -1721,7 +1772,7 @@ def write_answers(path: Path, scan: pl.LazyFrame, answer) -> None:
             answers.sink_csv(file, separator="\t" if path.suffix.lower() == ".tsv" else ",")
 
 
-@command("recommend", "MODEL", *WHOM, *COLUMN_OPTIONS, "output", "n", "include-seen", "json")
+@command("recommend", "MODEL", *WHOM, *READING, "output", "n", "include-seen", "json")
 def recommend_command(path, user, rated, all_users, output, n, include_seen, **told):
     """The items that a user will like best, of those that the user has not rated."""
     if (user is not None) + (rated is not None) + all_users != 1:
@@ -1744,20 +1795,20 @@ def recommend_command(path, user, rated, all_users, output, n, include_seen, **t
     if rated is None:
         asked = {"user": trained.ids.users[find_rows(trained, "user", [user]).item()]}
     else:
-        rated = read_rated(trained, rated, choose_columns(told))
+        rated = read_rated(trained, rated, choose_reading(told))
         titles = describe_items(trained, find_items(trained, rated["item"]))["title"]
         notice(f"rated: {'; '.join(titles)}")
     found = recommend(trained, user, rated=rated, **options).select("item", "title", "rating")
     return asked | {"items": found.to_dicts()}, format_frame(found)
 
 
-def read_rated(trained: Model, text: str, columns: dict) -> pl.DataFrame:
+def read_rated(trained: Model, text: str, how: dict) -> pl.DataFrame:
     """A new user's ratings from `--rated`: a frame of item, rating[, timestamp].
 
     A file has ids; what is typed may be parts of titles.
     """
     if os.path.exists(text):  # False, not OSError, where the text is too long for a name
-        frame = data.read_rated(Path(text), columns=columns)
+        frame = data.read_rated(Path(text), **how)
         find_rows(trained, "item", frame["item"], locate=lambda _: text)
         return frame
     items, _, ratings = zip(*(pair.rpartition(":") for pair in text.split(",")), strict=True)

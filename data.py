@@ -10,9 +10,12 @@
 'Toy Story (1995)'
 """
 
+import bz2
 import csv
+import gzip
 import hashlib
 import io
+import json
 import lzma
 import os
 import re
@@ -31,7 +34,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import compress
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple, NoReturn
+from types import MappingProxyType
+from typing import IO, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -221,20 +225,47 @@ def _pip_download(requirement: str, timeout: float) -> bytes:
         raise OSError(_brief(errors[-1]))
 
 
-# Reading.
+# Reading: a file or a frame -> its columns as they are, lazily -> those that are needed, typed.
 
-# The columns of ratings, and how their names begin, in any case, where a header is read.
+USER = "user|reviewer|member|customer|person|account"
+ITEM = (
+    "item|movie|film|book|isbn|asin|product|business|place|artist|song|track|album|game|recipe|"
+    "joke|anime|app|course|article"
+)
+KEY = "(id|key|no|num|number|idx|index|code)s?"
+WHEN = "(unix|utc|iso|review|rat(ing|ed)|creat(ed|ion)|updated?|added|submi(t|tted|ssion)|event)*"
+# How columns are called in a header, best first, once `_name_columns` has made names plain.
 NAMES = {
-    "user": "user|customer",
-    "item": "item|movie|product",
-    "rating": "rating|score",
-    "timestamp": "timestamp|time|date",
+    "user": (f"({USER})s?{KEY}|uid", f"({USER})s?", f"({USER})s?name"),
+    "item": (f"({ITEM})s?{KEY}|iid", f"({ITEM})s?", f"parent({ITEM})", f"({ITEM})s?(name|title)"),
+    "rating": ("(rating|score|star|label|value)s?|overall", ".*rating.*"),
+    "timestamp": (f"{WHEN}(timestamp|datetime|time|date)(s|ms|us|ns|utc)?", f"{WHEN}(at|on)"),
+    "title": (f"title|name|({ITEM})(title|name)",),
 }
-NUMBER = r"(?i)\s*[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*"
-TIMES = ("%F", "%F %R", "%F %R%#z", "%F %T%.f", "%F %T%.f%#z")  # with a blank for ISO 8601's T
-BEGINS = r"\W*(%s)(?![ _-]?\d)"  # user, but not user 1
+OPTIONS = {name: f"--{name}-column" for name in NAMES} | {"timestamp": "--time-column"}
+NUMBER = r"(?i)\s*[-+]?(\d+[.,]?\d*|\.\d+)(e[-+]?\d+)?\s*"
+MISSING = ("", "nan", "NaN", "NULL", "None", r"\N")
+# ISO 8601, with a blank for its T; then the day first. With - for / and .
+TIMES = ("%F", "%F %R", "%F %R%#z", "%F %T%.f", "%F %T%.f%#z")
+DAYS_FIRST = ("%d-%m-%Y", "%d-%m-%Y %R", "%d-%m-%Y %T%.f")
+UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
+LATEST = 2.6e11  # seconds, in the year 10,208; as milliseconds in 1978
 TEXT = (pl.String, pl.Categorical, pl.Enum)
 ANY = (float(np.finfo("f4").min), float(np.finfo("f4").max))
+# What is no table, by how its text begins (a byte that is no UTF-8 as "\ufffd"), and the cure.
+FOREIGN = {
+    r"\d+:\n": "in blocks, as Netflix's: put the number before the colon on each line below",
+    r"(?i)(%.*\n|\s)*@relation": "ARFF: save what is below @data as CSV, with a header",
+    "\ufffd[\x02-\x05]": "a pickle: load it where you trust it, and save the table as CSV",
+    "MATLAB |\ufffdHDF": "of MATLAB or HDF5: save the ratings as CSV, user,item,rating",
+    "\ufffd\ufffd\x11\ufffd|PK": "a workbook: save the sheet as CSV",
+    "\ufffdNUMPY|SQLite|FEA1": "of NumPy, SQLite or an old Feather: save the table as CSV",
+    r"\s*\[": "a JSON array: write a record a line (pandas: orient='records', lines=True)",
+    r"\s*\{\s*'": "of Python's dicts, not JSON: write each by json.dumps on a line",
+    r"\s*<": "XML or HTML: save the table as CSV",
+    r"[^\n]*\r[^\n]": r"with an old Mac's line ends: tr '\r' '\n' < OLD > NEW",
+    "\ufffd\ufffd": "not UTF-8 but perhaps UTF-16: --encoding utf-16",
+}
 
 
 class _Kind(NamedTuple):
@@ -244,18 +275,18 @@ class _Kind(NamedTuple):
     fields: tuple[str, ...]  # of a line without a header, the last ones at will; () for a table
 
 
-RATINGS = _Kind("ratings", ("user", "item", "rating"), "timestamp", tuple(NAMES))
-RATED = _Kind("ratings", ("item", "rating"), "timestamp", tuple(NAMES)[1:])
-PAIRS = _Kind("pairs", ("user", "item"), "timestamp", tuple(NAMES))
+RATINGS = _Kind("ratings", ("user", "item", "rating"), "timestamp", tuple(NAMES)[:4])
+RATED = _Kind("ratings", ("item", "rating"), "timestamp", tuple(NAMES)[1:4])
+PAIRS = _Kind("pairs", ("user", "item"), "timestamp", tuple(NAMES)[:4])
 USERS = _Kind("users", ("user",), None, ())
 ITEMS = _Kind("items", ("item",), "title", ())
 
 
 class _Form(NamedTuple):
-    separator: str
-    fields: list[str | None]  # what each field of a line is; None for one that is not read
-    n_headers: int = 0
-    quote: str | None = None  # which a field may be in (RFC 4180)
+    separator: str  # " " for any blanks, "{" for JSON lines
+    fields: list[str | None]  # what each is; None for one that is not read
+    n_headers: int = 0  # lines above the records
+    has_quotes: bool = False  # which a field may be in (RFC 4180)
 
 
 GENRES = """
@@ -269,91 +300,123 @@ USERS_FILES = {
     "ml-100k.user": _Form("\t", ["user", "age", "gender", "occupation", "zip_code"], 1),
 }
 ITEMS_FILES = {
-    "movies.csv": _Form(",", ["item", "title", "genres"], 1, '"'),
+    "movies.csv": _Form(",", ["item", "title", "genres"], 1, True),
     "movies.dat": _Form("::", ["item", "title", "genres"]),
     "u.item": _Form("|", ["item", "title", None, None, None, *ML_100K_GENRES]),
     "ml-100k.item": _Form("\t", ["item", "title", "year", "genres"], 1),
 }
 
 
+class _How(NamedTuple):
+    """How a table is read: keywords of all readers, see `read_ratings`."""
+
+    columns: Columns = MappingProxyType({})
+    encoding: str | None = None
+    skip_bad: bool = False
+    notice: Callable[[str], None] = lambda line: None
+
+
 class _Source(NamedTuple):
-    label: str  # what messages call a file
-    name: str  # without folders
-    content: Path | bytes
-    start: bytes  # the first four
-    form: _Form | None = None  # None for Parquet
-    frame: pl.LazyFrame | None = None  # the columns read: of a text strings, never null
+    label: str  # what messages call it
+    name: str  # of a file, without folders
+    content: Path | bytes | None = None  # of a file
+    start: bytes = b""  # the first of it
+    how: _How = _How()
+    form: _Form | None = None  # of a text
+    places: Mapping[str, int] = MappingProxyType({})  # of the columns to be read, among the fields
+    frame: pl.LazyFrame | None = None  # of what is no text
 
 
-def read_ratings(
-    path: Name, *, columns: Columns | None = None, rating_range: Range | None = None
-) -> Frame:
-    """Ratings from a file, or from the folder or archive of a MovieLens, in file order.
+ROW = "\n"  # a column of line numbers, from 0, called as no other is
 
-    A file is Parquet, or UTF-8 text, as it is or by gzip or zstd: lines of user, item, rating and,
-    if it likes, timestamp, between tabs, commas, `;`, `|` or `::`. Except between `::`, a field may
-    be in double quotes, a quote in it doubled (RFC 4180). A first line without numbers is a header.
-    `columns` tells which name in it (or in Parquet) is that of user, item, rating or timestamp;
-    others are known by how they begin, `NAMES`, best alone or ending in id.
 
-    Columns user and item are Int64 where every id is an integer as one is printed, else String,
-    exactly as in the file; rating is float32, finite, in `rating_range` if there is one; timestamp
-    Int64, Unix seconds, if the file has it, from numbers, floored, or ISO 8601 dates and times, in
-    UTC unless they name a zone. No nulls. ValueError names the file and the line or row of anything
-    else; OSError when `path` can't be read.
+def read_ratings(table: Name | object, *, rating_range: Range | None = None, **how) -> Frame:
+    """Ratings from a file, from the folder or archive of a MovieLens, or from a frame, in order.
+
+    A file is Parquet, Arrow (Feather), JSON lines, or text: lines of user, item, rating and, if it
+    likes, timestamp, between tabs, commas, `;`, `|`, `::` or blanks. It may be packed by gzip, zstd,
+    bz2, xz or, alone, zip. Except between `::` and blanks, a field may be in double quotes, a quote
+    in it doubled (RFC 4180); between `;` numbers may have decimal commas; blank lines are left out.
+    A first line without numbers is a header, its names known by `NAMES`. A frame is of polars or
+    pandas, a dict of columns, or what exports Arrow (`__arrow_c_stream__`, `__dataframe__`).
+
+    `how`: `columns`, which field is user, item, rating or timestamp (of a table of items, title),
+    by name or by number from 1; `encoding` of a text, if it is not UTF-8; `skip_bad`, to leave out
+    lines that can't be read; `notice`, a function that gets a line on what was understood.
+
+    Columns user and item are Int64 where every id is an integer as one is printed, or with `.0`,
+    else String, exactly as in the file; rating is float32, finite, in `rating_range` if there is
+    one; timestamp, if the file has it, Unix seconds, Int64 or, where one has a fraction, Float64,
+    from numbers (in the unit that their size tells) or dates and times, ISO 8601 or the day first,
+    in UTC unless they name a zone. Times that can't be read are left out, if `columns` does not
+    name them. No nulls. ValueError names the file and the line or row of anything else; OSError
+    when a file can't be read.
     """
     bounds = tuple(map(float, map(np.float32, rating_range or ANY)))  # rounded as a rating is
-    return _read(_scan(path, RATINGS, columns), RATINGS, bounds)
+    return _read(_scan(table, RATINGS, _How(**how)), RATINGS, bounds)
 
 
-def read_rated(path: Name, *, columns: Columns | None = None) -> Frame:
-    """The ratings of one user, as `read_ratings` of a file without the column user."""
-    return _read(_scan(path, RATED, columns), RATED)
+def read_rated(table: Name | object, **how) -> Frame:
+    """The ratings of one user, as `read_ratings` of a table without the column user."""
+    return _read(_scan(table, RATED, _How(**how)), RATED)
 
 
-def scan_pairs(
-    path: Name, *, columns: Columns | None = None
-) -> tuple[pl.LazyFrame, Callable[[int], str]]:
+def scan_pairs(table: Name | object, **how) -> tuple[pl.LazyFrame, Callable[[int], str]]:
     """Pairs of a user and an item, to be streamed in file order, and where in the file each is.
 
-    As `read_ratings`, but a rating may be missing and is not read. The frame: row Int64, from 0;
-    user and item String, exactly as in the file; timestamp Int64, if the file has it. The function
-    says of a row 'FILE, line 17', or 'FILE, row 16' of Parquet. All is read once here, in bounded
-    memory, for errors as of `read_ratings`: the frame raises none later.
+    As `read_ratings`, but a rating may be missing and is not read. The frame: row Int64, its
+    line; user and item String; timestamp Int64, if the file has it. The function says of a row 'FILE,
+    line 17', or 'FILE, row 16' of a frame. All is read once here, in bounded memory, for errors as
+    of `read_ratings`: the frame raises none later.
     """
-    source = _scan(path, PAIRS, columns)
-    schema = source.frame.collect_schema()
-    names = [name for name in NAMES if name in schema]
-    for place in (0, -1):  # ISO 8601 is slow to read
-        times = [_casts(name, schema[name], ANY)[place] for name in names[2:]]
-        texts = [_casts(name, schema[name], ANY)[-1] for name in names[:2]]
-        pairs = source.frame.select(*texts, *times).with_row_index("row")
-        pairs = pairs.with_columns(pl.col("row").cast(pl.Int64))
-        first = pl.all().filter(pl.any_horizontal(pl.all().is_null())).first()
-        n_pairs, wrong, *values = _collect(source, pairs.select(pl.len(), first)).row(0)
-        if wrong is None:
-            break
-    if not n_pairs:
+    source = _scan(table, PAIRS, _How(**how))
+    query = _select(source, is_exact=True)
+    chosen, n_nulls = _choose(source, _list_casts(source, PAIRS), query)
+    if n_nulls.get("timestamp") and "timestamp" not in source.how.columns:
+        del chosen["timestamp"]
+        source.how.notice(f"{source.label}: without the times, which can't all be read")
+    texts = {name: chosen.pop(name).cast(pl.String) for name in PAIRS.needed}
+    pairs = query.select(pl.col(ROW).cast(pl.Int64).alias("row"), **texts, **chosen)
+    if any(map(n_nulls.get, (*texts, *chosen))):
+        wrong = pairs.filter(pl.any_horizontal(pl.all().is_null())).head(1)
+        row, *values = _collect(source, wrong).row(0)
+        raise ValueError(_explain(source, row, [*texts, *chosen][values.index(None)]))
+    most = _collect(source, pairs.select(pl.len(), *(pl.col(n).abs().max() for n in chosen))).row(0)
+    if not most[0]:
         raise ValueError(f"{source.label}: no pairs")
-    if wrong is not None:
-        _refuse(source, wrong, names[values.index(None)], ANY)
-    return pairs, lambda row: _find_record(source, row)[0]
+    if chosen:
+        pairs = pairs.with_columns(_to_seconds(most[1])[1].floor().cast(pl.Int64))
+    return pairs, lambda row: f"{source.label}, {_place(source, row)}"
 
 
-def _open(path: Path, names: Sequence[str]) -> _Source | None:
-    """A file, or of a folder or a zip the one with the first of `names`, None if it has none.
+def _scan(table: Name | object, kind: _Kind, how: _How) -> _Source:
+    source = _open(table, RATINGS_FILES, kind, how)
+    if source is None:
+        has = f"no {', '.join(RATINGS_FILES)} in it"
+        raise ValueError(f"{table}: {has}: give the path of the table itself")
+    return _find_columns(source, kind)
 
-    A pipe (that a signal may interrupt) and a member of a zip (whose name never becomes a path) are
-    read into memory.
+
+def _open(table: Name | object, names: Sequence[str], kind: _Kind, how: _How) -> _Source | None:
+    """A frame, or a file, or of a folder or a zip the one with the first of `names`, else None.
+
+    Of a zip with one file that. A pipe (that a signal may interrupt), a member of a zip (whose name
+    never becomes a path) and what polars can't read itself are read into memory.
     """
+    if not isinstance(table, str | os.PathLike):
+        return _Source(f"the frame of {kind.noun}", "", how=how, frame=_to_lazy(table))
+    path = Path(table)
+    label, name, content = str(path), path.name, None
     if path.is_dir():
         path = next((path / name for name in names if (path / name).is_file()), None)
-        if path is None:
-            return None
-    elif path.suffix == ".zip" or (path.is_file() and zipfile.is_zipfile(path)):
+        return path and _open(path, names, kind, how)
+    if path.suffix == ".zip" or (path.is_file() and zipfile.is_zipfile(path)):
         with _naming(path), zipfile.ZipFile(path) as archive:
-            members = {PurePosixPath(member).name: member for member in archive.namelist()}
-            name = next((name for name in names if name in members), None)
+            members = _list_members(archive)
+            alone = members if len(members) == 1 else ()
+            name = next((name for name in (*names, *alone) if name in members), None)
+            if "workbook.xml" in members:
+                raise ValueError(f"{path}: it is a workbook: save the sheet as CSV")
             if name is None:
                 return None
             label, member = f"{path}, {_brief(members[name])}", archive.getinfo(members[name])
@@ -361,14 +424,48 @@ def _open(path: Path, names: Sequence[str]) -> _Source | None:
                 raise ValueError(f"{label}: more than {LARGEST_MEMBER:,} bytes")
             with archive.open(member) as file:
                 content = b"".join(iter(lambda: file.read(1 << 20), b""))
-            return _Source(label, name, content, content[:4])
     # polars opens files itself, unless their names are no UTF-8.
-    is_regular = path.is_file() and os.fsencode(path).decode(errors="ignore") == str(path)
-    if not is_regular:
+    elif not path.is_file() or os.fsencode(path).decode(errors="ignore") != str(path):
         signal.siginterrupt(signal.SIGINT, True)  # polars has Ctrl-C go on with what waits
-    with _naming(path), open(path, "rb") as file:
-        content = file.read(4 if is_regular else -1)
-    return _Source(str(path), path.name, path.absolute() if is_regular else content, content[:4])
+        with _naming(path):
+            content = path.read_bytes()
+    with _naming(label):
+        return _unpack(
+            _Source(label, name, path.absolute() if content is None else content, how=how)
+        )
+
+
+def has_tables(table: Name | object) -> bool:
+    """Whether it is a folder or a zip of several files, as of a MovieLens."""
+    if not isinstance(table, str | os.PathLike) or not Path(table).is_file():
+        return isinstance(table, str | os.PathLike) and Path(table).is_dir()
+    return zipfile.is_zipfile(table) and len(_list_members(zipfile.ZipFile(table))) > 1
+
+
+def _list_members(archive: zipfile.ZipFile) -> dict[str, str]:
+    """The files in a zip by their last names, without those that macOS adds."""
+    names = (name for name in archive.namelist() if not re.search(r"/$|^__MACOSX/", name))
+    return {PurePosixPath(name).name: name for name in names}
+
+
+def _unpack(source: _Source) -> _Source:
+    """The source with its start and, if polars can't read it as it is, in memory, as UTF-8."""
+    content, encoding = source.content, source.how.encoding
+    with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
+        start = file.read(512)
+        methods = {b"BZh": bz2.open, b"\xfd7z": lzma.open, b"\x1f\x8b\x08": encoding and gzip.open}
+        file.seek(0)
+        if method := methods.get(start[:3]):
+            content = method(file).read()
+        elif encoding:
+            content = file.read()
+    if encoding:
+        try:
+            content = content.decode(encoding).encode()
+        except (LookupError, UnicodeError) as error:
+            cure = "try --encoding latin-1, cp1252 or utf-16"
+            raise ValueError(f"{source.label}: {_brief(error)}: {cure}") from None
+    return source._replace(content=content, start=content[:512] if encoding or method else start)
 
 
 @contextmanager
@@ -379,277 +476,422 @@ def _naming(label: object) -> Iterator[None]:
     except (OSError, *BROKEN, *POLARS) as error:
         if getattr(error, "filename", None):
             raise
-        why = "it is not UTF-8" if "utf-8" in str(error) else f"cannot be read ({_brief(error)})"
+        why = f"cannot be read ({_brief(error)})"
+        if "utf-8" in str(error):
+            why = "it is not UTF-8: --encoding latin-1, cp1252 ..."
         is_device = getattr(error, "errno", None) is not None  # unlike a broken gzip or zstd
         raise (OSError if is_device else ValueError)(f"{label}: {why}") from None
 
 
-def _scan(path: Name, kind: _Kind, columns: Columns | None) -> _Source:
-    source = _open(Path(path), RATINGS_FILES)
-    if source is None:
-        raise ValueError(f"{path}: no {', '.join(RATINGS_FILES)} in it")
-    return _find_columns(source, kind, columns or {})
+def _to_lazy(table: object) -> pl.LazyFrame:
+    """A frame of any library, or a dict of columns, as one of polars."""
+    if isinstance(table, pl.DataFrame | pl.LazyFrame):
+        return table.lazy()
+    if hasattr(table, "items"):  # column by column: polars takes whole ones of pandas with pyarrow
+        return pl.LazyFrame({str(name): _to_series(column) for name, column in table.items()})
+    if hasattr(table, "__arrow_c_stream__"):
+        return pl.DataFrame(table).lazy()
+    if hasattr(table, "__dataframe__"):
+        return pl.from_dataframe(table).lazy()
+    raise ValueError(f"{_brief(type(table))} is neither a path nor a frame or a dict of columns")
 
 
-def _find_columns(source: _Source, kind: _Kind, columns: Columns) -> _Source:
-    """The columns of a kind in a file, by names or places; of Parquet with a type that is read."""
-    if source.start != b"PAR1":
-        return _scan_text(source, _detect(source, kind, columns))
+def _to_series(column: object) -> pl.Series:
+    """A column of pandas, numpy, torch or Python; what is of no type of numpy as text or lists."""
+    values = np.asarray(column)
+    if values.dtype.kind != "O":
+        return pl.Series(values)
+    values = [None if value is None or str(value) in MISSING else value for value in values]
+    is_list = any(isinstance(value, list | tuple | np.ndarray) for value in values)
+    return pl.Series([v if v is None else list(v) if is_list else str(v) for v in values])
+
+
+def _find_columns(source: _Source, kind: _Kind) -> _Source:
+    """The source with its form, and the places among its fields of the columns to be read."""
+    scan = {b"PAR1": pl.scan_parquet, b"ARRO": pl.scan_ipc}.get(source.start[:4])
+    if source.frame is None and scan is None:
+        form, places = _detect(source, kind)
+        return _say(source, form.fields, places)._replace(form=form, places=places)
     with _naming(source.label):
-        scan = pl.scan_parquet(source.content, glob=False, hive_partitioning=False)
-        schema = scan.collect_schema()
+        frame = scan(source.content, glob=False, hive_partitioning=False) if scan else source.frame
+        schema = frame.collect_schema()
+    fields, dtypes = list(schema), list(schema.values())
     try:
-        names = _name_columns(list(schema), kind, columns)
+        places = _find_places(fields, kind, source.how.columns)
     except ValueError as error:
         raise ValueError(f"{source.label}: {error}") from None
-    for name, (column, dtype) in zip(names, schema.items(), strict=True):
-        is_good = dtype.is_integer() or (name in ("user", "item", "title") and dtype in TEXT)
-        is_good |= name in ("rating", "timestamp") and dtype.is_float()
-        is_good |= name == "timestamp" and dtype in (pl.Date, pl.Datetime)
-        if name in (*kind.needed, kind.other) and name is not None and not is_good:
-            raise ValueError(f"{source.label}: the column {column!r} for {name} is of type {dtype}")
-    chosen = [pl.nth(place).alias(name) for place, name in enumerate(names) if name]
-    return source._replace(frame=scan.select(chosen))
+    for name in (name for name in (*kind.needed, kind.other) if name in places):
+        field, dtype = fields[places[name]], dtypes[places[name]]
+        is_time = name == "timestamp" and dtype in (pl.Date, pl.Datetime)
+        if not (is_time or dtype.is_numeric() or dtype in TEXT):
+            cure = f"make it numbers or text, or name another by {OPTIONS[name]}"
+            raise ValueError(f"{source.label}: {field!r} for {name} is of type {dtype}: {cure}")
+    return _say(source, fields, places)._replace(frame=frame, places=places)
 
 
-def _scan_csv(content: Path | bytes, names: Sequence[str], **options) -> pl.LazyFrame:
-    """Columns of strings, an empty one for what is missing; by default one of whole lines."""
-    options = {"separator": "\n", "quote_char": None, "has_header": False, "glob": False} | options
-    schema = dict.fromkeys(names, pl.String)
-    return pl.scan_csv(
-        content, schema=schema, raise_if_empty=False, empty_string_is_null=False, **options
-    )
-
-
-def _scan_text(source: _Source, form: _Form) -> _Source:
-    """A text with its columns. ValueError names a line of too few or too many fields.
-
-    polars adds empty fields to too few, and refuses too many if all are read. So separators are
-    counted, but for ratings of no other columns: there an empty field is refused anyhow.
-    """
-    names = [str(place) for place in range(len(form.fields))]
-    lines = _scan_csv(source.content, ["line"], skip_rows=form.n_headers)
-    line, options = pl.col("line"), {"separator": form.separator, "quote_char": form.quote}
-    if form.separator == "::":
-        fields = line.str.splitn("::", len(names)).struct.rename_fields(names)
-        scan = lines.select(fields.struct.unnest())
-    else:
-        scan = _scan_csv(source.content, names, skip_rows=form.n_headers, **options)
-    chosen = [pl.nth(place).alias(name) for place, name in enumerate(form.fields) if name]
-    source = source._replace(form=form, frame=scan.select(chosen))
-    if form.separator == "::" or not set(form.fields) <= set(NAMES):
-        is_odd = line.str.count_matches(form.separator, literal=True) != len(names) - 1
-        if _collect(source, lines.select(is_odd.any())).item():
-            _find_record(source)
+def _say(source: _Source, fields: Sequence[str], places: Mapping[str, int]) -> _Source:
+    """The source, after a notice on which field is which column if their names do not tell."""
+    said = {name: _brief(fields[place]) for name, place in places.items() if name in NAMES}
+    if source.name not in RATINGS_FILES and any(name != field for name, field in said.items()):
+        listed = ", ".join(f"{name} is {field}" for name, field in said.items())
+        source.how.notice(f"{source.label}: {listed}")
     return source
 
 
-def _collect(source: _Source, query: pl.LazyFrame) -> Frame:
-    try:
-        with _naming(source.label):
-            return query.collect(engine="streaming")
-    except ValueError:
-        if source.form is not None:
-            _find_record(source)  # which can name the line
-        raise
-
-
-def _find_record(source: _Source, row: int | None = None) -> tuple[str, dict]:
-    """Where a row, from 0, is in its file, and what the columns have there.
-
-    ValueError names the line of the first record of a text that is none, before it or at all.
-    """
-    form = source.form
-    if form is None:
-        values = _collect(source, source.frame.slice(row, 1)).row(0, named=True)
-        return f"{source.label}, row {row + 1}", values
+def _detect(source: _Source, kind: _Kind) -> tuple[_Form, dict[str, int]]:
+    """The form of a text and the places of its columns, by its first lines, up to 100."""
     with _naming(source.label):
-        lines = _scan_csv(source.content, ["line"], encoding="utf8-lossy").collect()["line"]
-    separator = form.separator if form.quote else "\0"
-    texts = (f"{line.replace(form.separator, separator)}\n" for line in lines)
-    quoting = csv.QUOTE_MINIMAL if form.quote else csv.QUOTE_NONE
-    reader = csv.reader(texts, delimiter=separator, quoting=quoting, strict=True)
-    start, fields = 1, []
-    try:
-        for number, fields in enumerate(reader, -form.n_headers):
-            if form.quote and '"' in "".join(fields):
-                record = lines[start - 1 : reader.line_num]
-                if record.str.count_matches('"').sum() % 2:
-                    raise csv.Error("a quote in a field")
-            if len(fields) != len(form.fields):
-                raise csv.Error(f"fields: {len(fields)}, not {len(form.fields)}")
-            if number == row:
+        head = _scan_lines(source, encoding="utf8-lossy").head(100).collect()["line"]
+    n_blank = (head.str.strip_chars() != "").arg_max() or 0
+    lines = [f"{line}\n" for line in head[n_blank:]]
+    for what in (what for begin, what in FOREIGN.items() if re.match(begin, "".join(lines))):
+        raise ValueError(f"{source.label}: it is {what}")
+    if not "".join(lines).strip():
+        raise ValueError(f"{source.label}: no {kind.noun}")
+    found, errors = [], [(0, "no tab, comma, ';', '|', '::' or blank between the columns")]
+    is_json, columns = lines[0].lstrip().startswith("{"), source.how.columns
+    for separator in "{" if is_json else ("\t", "::", ",", ";", "|", " "):
+        fields = _split(lines, separator)
+        if len(fields) < 2 and not is_json:
+            continue
+        try:
+            is_header = is_json or _is_header(fields, kind, columns)
+            places = _find_places(fields, kind, columns, is_header=is_header)
+        except ValueError as error:
+            errors.append((len(fields), str(error)))
+            continue
+        rating = "0" if is_header or "rating" not in places else fields[places["rating"]]
+        score = re.fullmatch(NUMBER, rating) is not None, len(places), len(fields)
+        if not is_header:
+            fields = [f"column {place}" for place in range(1, len(fields) + 1)]
+        n_headers = 0 if is_json else n_blank + is_header
+        form = _Form(separator, fields, n_headers, separator in "\t,;|")
+        found.append((score, form, places))
+    if not found:
+        raise ValueError(f"{source.label}, line {n_blank + 1}: {max(errors)[1]}")
+    return max(found, key=lambda each: each[0])[1:]
+
+
+def _split(lines: list[str], separator: str) -> list[str]:
+    """The fields of the first record, or the names in all records of JSON."""
+    fields = lines[0].strip("\n").split(None if separator == " " else separator)
+    if separator == "{":
+        fields = {}
+        for line in lines:
+            with suppress(ValueError, TypeError):
+                fields |= json.loads(line)
+    elif separator in "\t,;|":
+        with suppress(csv.Error):  # a record may go on in the next lines
+            fields = next(csv.reader(lines, delimiter=separator, strict=True))
+    return list(fields)
+
+
+def _is_header(fields: list[str], kind: _Kind, columns: Columns) -> bool:
+    """Whether a first record has names: those given, or words alone, which of pairs may be ids."""
+    given = {str(each) for each in columns.values()}
+    known = "|".join(f"({pattern})" for patterns in NAMES.values() for pattern in patterns)
+    n_known = sum(re.fullmatch(known, _plain(field)) is not None for field in fields)
+    is_named = any(each in fields and (n_known > 1 or not each.isdecimal()) for each in given)
+    is_words = not any(re.fullmatch(NUMBER, field) for field in fields)
+    may_be = "rating" in kind.needed or n_known > 0 or not all(map(str.isdecimal, given))
+    return not kind.fields or is_named or (is_words and may_be)
+
+
+def _plain(field: str) -> str:
+    """A name in small letters and digits alone; RecBole tells the type after a colon."""
+    return re.sub(r"[\W_]+", "", field.split(":")[0].rsplit("/", 1)[-1].lower())
+
+
+def _find_places(
+    fields: Sequence[str], kind: _Kind, columns: Columns, *, is_header: bool = True
+) -> dict[str, int]:
+    """The place among the fields of each column: as given, by its name, or by the usual order.
+
+    Of a table of one's own all other columns are read, too. ValueError if a needed one is missing.
+    """
+    names, places = [*filter(None, kind.fields or (*kind.needed, kind.other))], {}
+    stripped = [field.strip() for field in fields] if is_header else []
+    for name in (name for name in names if name in columns):
+        given = str(columns[name]).strip()
+        cases = (lambda field: field == given, lambda field: field.lower() == given.lower())
+        found = [place for case in cases for place, field in enumerate(stripped) if case(field)]
+        if found:
+            places[name] = found[0]
+        elif given.isdecimal() and 1 <= int(given) <= len(fields):
+            places[name] = int(given) - 1
+        elif kind.fields:  # a table may call its ids otherwise than the ratings do
+            has = f"among {_brief(', '.join(fields))}" if is_header else "without a header"
+            raise ValueError(f"no column {given!r} {has}: {OPTIONS[name]} takes a name or a number")
+    if is_header:
+        _find_names(fields, kind, names, places)
+    else:
+        rest = [place for place in range(len(fields)) if place not in places.values()]
+        order = [name for name in names if name not in places]
+        places |= zip(order, rest, strict=False) if len(rest) <= len(order) else ()
+    if missing := [name for name in kind.needed if name not in places]:
+        has = f"among {_brief(', '.join(fields))}" if is_header else f"in {len(fields)} fields"
+        cure = " and ".join(OPTIONS[name] for name in missing)
+        cure += ", or unpivot the table if each item has a column" * (len(missing) > 1)
+        raise ValueError(f"no column for {', '.join(missing)} {has}: tell it by {cure}")
+    places = {n: p for n, p in places.items() if n in (*kind.needed, kind.other)}
+    taken = set(places.values())
+    for place, field in enumerate(() if kind.fields else fields):
+        if field and place not in taken:  # pandas' index has no name
+            places[field if field not in places else f"{field}_{place}"] = place
+    return places
+
+
+def _find_names(fields: Sequence[str], kind: _Kind, names: list[str], places: dict) -> None:
+    """Add to `places` what a header tells, by `NAMES`, and the one column left if one is missing."""
+    plain, free = [*map(_plain, fields)], set(range(len(fields))) - set(places.values())
+    for name in sorted((name for name in names if name not in places), key="rating".__eq__):
+        for pattern in (*NAMES[name], *["id"] * (not kind.fields and name in kind.needed)):
+            found = [place for place in sorted(free) if re.fullmatch(pattern, plain[place])]
+            if len(found) > 1 and name in kind.needed:
+                has = _brief(", ".join(fields[place] for place in found))
+                raise ValueError(f"several columns for {name}, {has}: tell it by {OPTIONS[name]}")
+            if found:
+                places[name] = found[0]
+                free.remove(found[0])
                 break
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{source.label}, line {start}: {error}") from None
-    return f"{source.label}, line {start}", dict(zip(form.fields, fields, strict=False))
+    left = [place for place in free if fields[place].strip()]
+    missing = [name for name in kind.needed if name not in places]
+    if kind.fields and len(missing) == len(left) == 1:
+        places[missing[0]] = left[0]
+
+
+def _scan_lines(source: _Source, **options) -> pl.LazyFrame:
+    options |= {"separator": "\n", "quote_char": None, "has_header": False, "glob": False}
+    schema = {"line": pl.String}
+    return pl.scan_csv(source.content, schema=schema, raise_if_empty=False, **options)
+
+
+def _select(source: _Source, *, is_exact: bool = False) -> pl.LazyFrame:
+    """The columns to be read: of a text strings, all null where a line is no record.
+
+    Exact, quotes are minded, blank lines are left out, and column `ROW` has the line, from 0.
+    """
+    form, rows, line = source.form, [ROW] * is_exact, pl.col("line")
+    if form is None:
+        columns = (pl.nth(place + 1).alias(name) for name, place in source.places.items())
+        return source.frame.with_row_index(ROW).select(*rows, *columns)
+    lines, n = _scan_lines(source, skip_rows=form.n_headers), len(form.fields)
+    lines = lines.with_row_index(ROW, offset=form.n_headers)
+    has_quote = line.str.contains('"', literal=True)
+    if is_exact and form.has_quotes and _collect(source, lines.select(has_quote.any())).item():
+        return _read_quoted(source)
+    if is_exact:
+        lines = lines.filter(line.str.strip_chars() != "")
+    if form.separator == "{":
+        fields = [line.str.json_path_match(f"$[{json.dumps(field)}]") for field in form.fields]
+        columns = (fields[place].alias(name) for name, place in source.places.items())
+        return lines.select(*rows, *columns)
+    if form.separator == " ":
+        line = line.str.strip_chars().str.replace_all(r"\s+", " ")
+    names = [str(place) for place in range(n + 1)]  # one more, which only too many fields reach
+    fields = line.str.split_exact(form.separator, n).struct.rename_fields(names).struct.unnest()
+    is_record = pl.col(names[n - 1]).is_not_null() & pl.col(names[n]).is_null()
+    if form.has_quotes:
+        is_record &= ~has_quote
+    columns = (pl.col(names[place]).alias(name) for name, place in source.places.items())
+    record = (pl.when(is_record).then(column) for column in columns)
+    return lines.select(ROW, "line", fields).select(*rows, *record)
+
+
+def _read_quoted(source: _Source) -> pl.LazyFrame:
+    """What `_select` makes of a text with quotes, by Python's csv, slowly.
+
+    Below a line that is no record it begins anew.
+    """
+    with _naming(source.label):
+        lines = _scan_lines(source, encoding="utf8-lossy").collect()["line"]
+    form, places = source.form, [*source.places.values()]
+    start, n_headers, reader, rows = 0, form.n_headers, None, []
+    while start < len(lines):
+        if reader is None:
+            base, texts = start, (f"{line}\n" for line in lines[start:])
+            reader = csv.reader(texts, delimiter=form.separator, strict=True)
+        try:
+            fields = next(reader)
+            stop = base + reader.line_num
+            if '"' in "".join(fields) and lines[start:stop].str.count_matches('"').sum() % 2:
+                raise csv.Error  # a quote in a field without quotes
+            values = (
+                [fields[place] for place in places] if len(fields) == len(form.fields) else None
+            )
+        except csv.Error:
+            fields, values, stop, reader = None, None, start + 1, None
+        if start >= n_headers and (fields is None or "".join(fields).strip() or len(fields) > 1):
+            rows.append((start, *(values or [None] * len(places))))
+        start = stop
+    schema = {ROW: pl.Int64} | dict.fromkeys(source.places, pl.String)
+    return pl.LazyFrame(rows, schema, orient="row")
+
+
+def _collect(source: _Source, query: pl.LazyFrame) -> Frame:
+    with _naming(source.label):
+        return query.collect(engine="streaming")
 
 
 def _read(source: _Source, kind: _Kind, bounds: Range = ANY) -> Frame:
-    """Ids, ratings and timestamps, each by the first cast without a null; then the others."""
-    schema = source.frame.collect_schema()
-    names = [name for name in (kind.fields or kind.needed) if name in schema]
-    casts = {name: _casts(name, schema[name], bounds) for name in names}
-    others = pl.exclude(names)
-    for part in (source.frame.head(1000), source.frame):  # few are mostly enough to choose by
-        looser = names
-        while looser:
-            frame = _collect(source, part.select(*(each[0] for each in casts.values()), others))
-            wrong = [name for name in names if frame[name].null_count()]
-            looser = [name for name in wrong if len(casts[name]) > 1]
-            casts |= {name: casts[name][1:] for name in looser}
+    """Ids, ratings and timestamps, typed; then the others."""
+    casts = _list_casts(source, kind, bounds)
+    others = pl.exclude([*casts, ROW])
+    for is_exact in (False, True):  # by a sample, which is mostly enough; then by all
+        query = _select(source, is_exact=is_exact)
+        chosen, _ = _choose(source, casts, query if is_exact else query.head(1000))
+        rows = [ROW] * is_exact
+        frame = _collect(source, query.select(*rows, *chosen.values(), others))
+        if not any(frame[name].null_count() for name in casts):
+            break
+    else:
+        frame = _leave_out(source, frame, list(casts), bounds)
     if not len(frame):
         raise ValueError(f"{source.label}: no {kind.noun}")
-    if wrong:
-        rows = [frame[name].is_null().arg_max() for name in wrong]
-        _refuse(source, min(rows), wrong[rows.index(min(rows))], bounds)
-    return frame
+    if "timestamp" in casts and "timestamp" in frame.columns:
+        times = frame["timestamp"]
+        unit, seconds = _to_seconds(max(times.max(), -times.min()))
+        if unit != "seconds":
+            source.how.notice(f"{source.label}: times in {unit}")
+        times = frame.select(seconds)["timestamp"]
+        is_whole = times.dtype == pl.Float64 and (times == times.floor()).all()
+        frame = frame.with_columns(times.cast(pl.Int64) if is_whole else times)
+    return frame.drop(ROW, strict=False)
 
 
-def _casts(name: str, dtype: pl.DataType, bounds: Range) -> list[pl.Expr]:
-    """How a column may be read, strict ones first: null for what is wrong or missing."""
-    column = pl.col(name)
-    if name in ("user", "item"):
-        text = column.cast(pl.String)
-        number = text.cast(pl.Int64, strict=False)  # which takes 007 and +1, too
-        is_plain = (text >= "1") | (text == "0")
-        casts = [
-            pl.when(is_plain).then(number),
-            pl.when(number.cast(pl.String) == text).then(number),
-        ]
-        casts.append(pl.when(text != "").then(text))
-    elif name == "rating":
-        texts = (column, column.str.strip_chars()) if dtype == pl.String else (column,)
-        numbers = [text.cast(pl.Float32, strict=False) for text in texts]
-        casts = [pl.when(number.is_between(*bounds)).then(number) for number in numbers]
-    elif dtype in (pl.Date, pl.Datetime):
-        casts = [column.dt.epoch("s")]
-    elif dtype != pl.String:
-        casts = [column.floor().cast(pl.Int64, strict=False)]
-    else:
-        bare = column.str.strip_chars()
-        number = bare.cast(pl.Float64, strict=False).floor().cast(pl.Int64, strict=False)
-        iso = bare.str.replace("[Tt]", " ").str.replace("[Zz]$", "+00:00")
-        times = (iso.str.to_datetime(form, strict=False, time_unit="us") for form in TIMES)
-        wholes = [text.cast(pl.Int64, strict=False) for text in (column, bare)]
-        casts = [wholes[0], pl.coalesce(wholes[1], number, *(time.dt.epoch("s") for time in times))]
-    return [cast.alias(name) for cast in casts]
+def _leave_out(source: _Source, frame: Frame, names: list[str], bounds: Range) -> Frame:
+    """Without times that can't be read and, if `skip_bad`, wrong rows; ValueError for others."""
+    how, others = source.how, [name for name in names if name != "timestamp"]
+    is_wrong = frame.select(pl.any_horizontal(pl.col(others).is_null())).to_series()
+    if others != names and "timestamp" not in how.columns:
+        is_untimed = frame["timestamp"].is_null() & ~is_wrong
+        if is_untimed.any() and (not how.skip_bad or is_untimed.sum() == (~is_wrong).sum()):
+            why = _explain(source, frame[ROW][is_untimed.arg_max()], "timestamp")
+            how.notice(f"times are left out: {why}")
+            frame, names = frame.drop("timestamp"), others
+    is_wrong = frame.select(pl.any_horizontal(pl.col(names).is_null())).to_series()
+    if is_wrong.any():
+        row = frame.row(is_wrong.arg_max(), named=True)
+        why = _explain(source, row[ROW], next(n for n in names if row[n] is None), bounds)
+        if not how.skip_bad:
+            raise ValueError(f"{why}; --skip-bad leaves out what can't be read")
+        how.notice(f"left out: {is_wrong.sum():,}, the first is {why}")
+    return frame.filter(~is_wrong)
 
 
-def _refuse(source: _Source, row: int, name: str, bounds: Range) -> NoReturn:
-    """ValueError says where a value is wrong, and what it is."""
-    where, record = _find_record(source, row)
-    if record[name] in (None, ""):
-        raise ValueError(f"{where}: a value is missing ({name})")
+def _explain(source: _Source, row: int, name: str, bounds: Range = ANY) -> str:
+    """Where a row of a null is, and what is wrong with this column of it."""
+    query = _select(source, is_exact=True).filter(pl.col(ROW) == row)
+    values = _collect(source, query).row(0, named=True)
+    where, value = f"{source.label}, {_place(source, row)}", values[name]
+    del values[ROW]
+    if source.form is not None and set(values.values()) == {None}:
+        _, separator, names, *_ = None, *source.form
+        if separator == "{":
+            return f"{where}: no JSON object with {', '.join(source.places)}"
+        line = _collect(source, _scan_lines(source).slice(row, 1)).item()
+        n_fields = len(_split([line], separator))
+        if n_fields != len(names):
+            return f"{where}: fields: {n_fields}, not {len(names)}"
+        return f"{where}: a quote in a field: double it, and put the field in quotes"
+    if value is None or str(value).strip() in MISSING:
+        return f"{where}: a value is missing ({name})"
     needed = "a finite number" + (bounds != ANY) * " in {:g} to {:g}".format(*bounds)
     needed = {"rating": needed, "timestamp": "a time"}.get(name, "an integer")
-    raise ValueError(f"{where}: {name} {_brief(repr(record[name]))} is not {needed}")
+    return f"{where}: {name} {_brief(repr(value))} is not {needed}"
 
 
-def _detect(source: _Source, kind: _Kind, columns: Columns) -> _Form:
-    """The form of a text by its first record: a line, or more, up to 100, if it has quotes."""
-    if source.start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise ValueError(f"{source.label}, line 1: it is not UTF-8 but UTF-16")
-    with _naming(source.label):
-        head = _scan_csv(source.content, ["line"], encoding="utf8-lossy").head(100).collect()
-    lines = [f"{line}\n" for line in head["line"]]
-    if not lines or not lines[0].strip():
-        raise ValueError(f"{source.label}: no {kind.noun}" + " in line 1" * len(lines[:1]))
-    scores, forms, why = [], [], (0, "no tab, comma, ';', '|' or '::' between the columns")
-    for separator in ("\t", "::", ",", ";", "|"):
-        fields, quote = lines[0].rstrip("\n").split(separator), None
-        if separator != "::":
-            quote = '"'
-            with suppress(csv.Error):
-                fields = next(csv.reader(lines, delimiter=separator, strict=True))
-        if len(fields) > 1:
-            try:
-                names, n_headers = _name_fields(fields, kind, columns)
-                rating = dict(zip(kind.fields, fields, strict=False)).get("rating", "0")
-                is_good = n_headers == 1 or re.fullmatch(NUMBER, rating) is not None
-                scores.append((is_good, len(names) - names.count(None), len(names)))
-                forms.append(_Form(separator, names, n_headers, quote))
-            except ValueError as error:
-                why = max(why, (len(fields), str(error)))
-    if not forms:
-        raise ValueError(f"{source.label}, line 1: {why[1]}")
-    return forms[scores.index(max(scores))]
+def _place(source: _Source, row: int) -> str:
+    return f"{'row' if source.form is None else 'line'} {row + 1}"
 
 
-def _name_fields(fields: list[str], kind: _Kind, columns: Columns) -> tuple[list, int]:
-    """What each field of a first record is, and whether it is a header: 1, or 0."""
-    is_given = bool(columns) and set(columns.values()) <= set(fields)
-    is_words = not any(re.fullmatch(NUMBER, field) for field in fields)
-    # Pairs may be words alone, as a header is.
-    is_known = any(re.fullmatch(f"(?is:{BEGINS}.*)" % "|".join(NAMES.values()), f) for f in fields)
-    is_header = "rating" in kind.needed or columns or is_known
-    if not kind.fields or is_given or (is_words and is_header):
-        return _name_columns(fields, kind, columns), 1
-    if columns:
-        raise ValueError(f"no header, so no column {next(iter(columns.values()))!r}")
-    if not len(kind.needed) <= len(fields) <= len(kind.fields):
-        raise ValueError(f"{len(fields)} fields, not {', '.join(kind.fields)}")
-    return _name_columns(kind.fields[: len(fields)], kind, columns), 0
+def _choose(source: _Source, casts: dict, query: pl.LazyFrame) -> tuple[dict, dict]:
+    """Of each column the first cast that leaves the fewest nulls, and how many those are."""
+    counts = [cast.null_count() for name in casts for cast in casts[name]]
+    counts = (count.alias(str(number)) for number, count in enumerate(counts))
+    counts, chosen, n_nulls = [*_collect(source, query.select(counts)).row(0)], {}, {}
+    for name, each in casts.items():
+        own, counts = counts[: len(each)], counts[len(each) :]
+        n_nulls[name] = min(own)
+        chosen[name] = each[own.index(n_nulls[name])]
+    return chosen, n_nulls
 
 
-def _name_columns(fields: Sequence[str], kind: _Kind, columns: Columns) -> list[str | None]:
-    """What each field of a header is, by the best pattern. A table's other columns keep theirs."""
-    names = {}
-    known = filter(None, NAMES if kind.fields else (*kind.needed, kind.other))
-    for name in sorted(known, key=lambda name: name not in columns):  # those given choose first
-        begins = BEGINS % NAMES.get(name)
-        # RecBole tells the type after a colon.
-        best = f"{begins}{'([^:]*id)?' if name in ('user', 'item') else ''}(:.*)?"
-        patterns = [best, f"{begins}.*", *["id"] * (not kind.fields)]
-        if name in columns:
-            given = re.escape(columns[name].strip())
-            patterns = [f"(?-i:{given})", given]
-        elif name == "title":
-            patterns = ["title", "name"]
-        found = (
-            place
-            for pattern in patterns
-            for place, field in enumerate(fields)
-            if place not in names and re.fullmatch(f"(?is:{pattern})", field.strip())
-        )
-        names |= dict.fromkeys([*found][:1], name)
-    taken = set(names.values())
-    missing = [f"{given!r} for {name}" for name, given in columns.items() if name not in taken]
-    if missing := missing[:1] or [name for name in kind.needed if name not in taken]:
-        has = _brief(", ".join(fields))
-        raise ValueError(f"the header has no column {', '.join(missing)}, but {has}")
-    for place, field in enumerate(() if kind.fields else fields):
-        if field and place not in names:  # pandas' index has no name
-            names[place] = field if field not in taken else f"{field}_{place}"
-            taken.add(names[place])
-    unread = set(NAMES) - {*kind.needed, kind.other} if kind.fields else set()
-    return [None if (name := names.get(n)) in unread else name for n in range(len(fields))]
+def _list_casts(source: _Source, kind: _Kind, bounds: Range = ANY) -> dict[str, list[pl.Expr]]:
+    """How each column may be read, the fastest first: null for what is wrong or missing."""
+    is_comma = source.form is not None and source.form.separator == ";"
+    schema = _select(source).collect_schema()
+    names = [name for name in kind.fields or kind.needed if name in schema]
+    return {
+        name: [c.alias(name) for c in _cast(name, schema[name], bounds, is_comma)] for name in names
+    }
 
 
-def read_users(path: Name, *, column: str | None = None) -> Frame | None:
+def _cast(name: str, dtype: pl.DataType, bounds: Range, is_comma: bool) -> list[pl.Expr]:
+    column = pl.col(name)
+    text = column.cast(pl.String)
+    bare = text.str.strip_chars()
+    if name in ("user", "item") and dtype not in TEXT:
+        return [pl.when(column.floor() == column).then(column.cast(pl.Int64, strict=False))]
+    if name in ("user", "item"):
+        number = text.cast(pl.Int64, strict=False)  # which takes 007 and +1, too
+        digits = bare.str.replace(r"\.0*$", "")
+        whole = digits.cast(pl.Int64, strict=False)
+        return [
+            pl.when((text >= "1") | (text == "0")).then(number),
+            pl.when(whole.cast(pl.String) == digits).then(whole),
+            pl.when(~text.is_in(MISSING)).then(text),
+        ]
+    if name == "rating":
+        point = bare.str.replace(",", ".", literal=True) if is_comma else bare
+        numbers = [c.cast(pl.Float32, strict=False) for c in (column, point)]
+        numbers = numbers if dtype in TEXT else numbers[:1]
+        return [pl.when(number.is_between(*bounds)).then(number) for number in numbers]
+    if dtype in (pl.Date, pl.Datetime):
+        return [column.dt.epoch("us") / 10**6]
+    if dtype not in TEXT:
+        number = column.cast(pl.Int64 if dtype.is_integer() else pl.Float64, strict=False)
+        return [pl.when(number.abs() < 2.0**63).then(number)]
+    number = bare.cast(pl.Float64, strict=False)
+    iso = bare.str.replace(r"^(\d+)[/.](\d+)[/.](\d+)", "$1-$2-$3")
+    iso = iso.str.replace("[Tt]", " ").str.replace("[Zz]$", "+00:00")
+    casts = [column.cast(pl.Int64, strict=False), pl.when(number.abs() < 2.0**63).then(number)]
+    for forms in (TIMES, DAYS_FIRST):
+        times = (iso.str.to_datetime(form, strict=False, time_unit="us") for form in forms)
+        casts.append(pl.coalesce(time.dt.epoch("us") for time in times) / 10**6)
+    return casts
+
+
+def _to_seconds(most: float) -> tuple[str, pl.Expr]:
+    """The unit of times of which the latest is `most`, and how they become seconds."""
+    unit = next((unit for unit, size in UNITS.items() if most < LATEST * size), "nanoseconds")
+    time = pl.col("timestamp")
+    return unit, time if unit == "seconds" else time / UNITS[unit]
+
+
+def read_users(table: Name | object, **how) -> Frame | None:
     """What is known of users, by `USERS_FILES` or a table of one's own; as `read_items`.
 
     MovieLens: user and age Int64, gender, occupation, zip_code String. (In users.dat an occupation
     is a number, and an age the lowest of its group.)
     """
-    users, is_own = _read_table(Path(path), USERS, USERS_FILES, column)
+    users, is_own = _read_table(table, USERS, USERS_FILES, _How(**how))
     if is_own or users is None:
         return users
     age = pl.col("age").cast(pl.Int64, strict=False)
     return users.select("user", age, "gender", "occupation", "zip_code")
 
 
-def read_items(path: Name, *, column: str | None = None) -> Frame | None:
+def read_items(table: Name | object, **how) -> Frame | None:
     """What is known of items, by `ITEMS_FILES` or a table of one's own.
 
     MovieLens, from a folder or a zip (None if it has none) or a file so called: item Int64, title
     String, year Int64 (null if unknown), the last in parentheses in the title, genres list of
-    String. Any other file, or one whose column of ids is named by `column`, is a table of one's
-    own, with a header or Parquet: `_to_side` tells what becomes of its columns. ValueError as in
-    `read_ratings`, and for an id that is there twice.
+    String. Any other file or frame, or a file whose column of ids `how` names, is a table of one's
+    own with a header: `_to_side` tells what becomes of its columns. ValueError as in `read_ratings`,
+    and for an id that is there twice.
     """
-    films, is_own = _read_table(Path(path), ITEMS, ITEMS_FILES, column)
+    films, is_own = _read_table(table, ITEMS, ITEMS_FILES, _How(**how))
     if is_own or films is None:
         return films
     title, genres = pl.col("title").str.strip_chars(), pl.col("genres")
@@ -666,15 +908,15 @@ def read_items(path: Name, *, column: str | None = None) -> Frame | None:
 
 
 def _read_table(
-    path: Path, kind: _Kind, forms: Mapping[str, _Form], column: str | None
+    table: Name | object, kind: _Kind, forms: Mapping[str, _Form], how: _How
 ) -> tuple[Frame | None, bool]:
     """A table of users or items, and whether it is one's own, not MovieLens's."""
-    source, (key,) = _open(path, forms), kind.needed
+    source, (key,) = _open(table, forms, kind, how), kind.needed
     if source is None:
         return None, False
-    is_own = source.name not in forms or (column is not None and source.label == str(path))
+    is_own = source.name not in forms or (key in how.columns and source.label == str(table))
     if is_own:
-        source = _find_columns(source, kind, {key: column} if column is not None else {})
+        source = _find_columns(source, kind)
     else:
         content = source.content
         content = content if isinstance(content, bytes) else content.read_bytes()
@@ -682,15 +924,19 @@ def _read_table(
             content = content.decode()
         if isinstance(content, bytes):  # as the films of ml-100k and ml-1m
             content = content.decode("latin-1")
-        source = _scan_text(source._replace(content=content.encode()), forms[source.name])
-    table = _read(source, kind)
-    if (is_twice := table[key].is_duplicated()).any():
-        twice = table[key].filter(is_twice)[0]
-        raise ValueError(f"{source.label}: the {key} {twice!r} is there twice")
+        form = forms[source.name]
+        places = {name: place for place, name in enumerate(form.fields) if name}
+        source = source._replace(content=content.encode(), form=form, places=places)
+    frame = _read(source, kind)
+    if (is_twice := frame[key].is_duplicated()).any():
+        twice = frame[key].filter(is_twice)[0]
+        raise ValueError(
+            f"{source.label}: the {key} {twice!r} is there twice: leave one line of it"
+        )
     if is_own:
-        others = table.drop(key).columns
-        table = Frame({key: table[key]} | {n: _to_side(source, n, table[n]) for n in others})
-    return table, is_own
+        others = frame.drop(key).columns
+        frame = Frame({key: frame[key]} | {n: _to_side(source, n, frame[n]) for n in others})
+    return frame, is_own
 
 
 def _to_side(source: _Source, name: str, column: pl.Series) -> pl.Series:
@@ -764,7 +1010,7 @@ def drop_repeats(ratings: Frame) -> Frame:
 # Splits.
 
 PUBLISHED_SPLITS = ("ua", "ub", "u1", "u2", "u3", "u4", "u5")
-SPLITS = (*PUBLISHED_SPLITS, "random")
+SPLITS = (*PUBLISHED_SPLITS, "random", "none")
 SLICE = 1 << 18  # ratings handled at a time, so that no column is copied whole
 
 
@@ -775,7 +1021,8 @@ def split(ratings: Frame, name: str, *, seed: int = 0) -> tuple[Frame, Frame]:
     u1 to u5: the k-th fifth of the lines is. These are GroupLens's published splits of ml-100k
     (rules of its mku.sh and allbut.pl), and of 100,000 ratings only. random: a tenth, drawn by
     `seed`. last1, last10 and any other lastN: each user's last N by time (of one time, the later in
-    the file); of a user with N ratings or fewer, all but the first. ValueError for any other.
+    the file); of a user with N ratings or fewer, all but the first. none: no test part. ValueError for
+    any other, and for one that leaves the test part empty.
     """
     row = pl.int_range(pl.len())
     if name in PUBLISHED_SPLITS and len(ratings) != 100_000:
@@ -796,9 +1043,14 @@ def split(ratings: Frame, name: str, *, seed: int = 0) -> tuple[Frame, Frame]:
         n_later = pl.len() - pl.col("timestamp").rank("ordinal")
         is_first = n_later == pl.len() - 1
         is_test = ((n_later < int(last[1])) & ~is_first).over("user")
+    elif name == "none":
+        is_test = pl.lit(False)
     else:
         raise ValueError(f"no split '{name}': it is {', '.join(SPLITS)} or lastN, as last10")
-    return _part(ratings, is_test)
+    train, test = _part(ratings, is_test)
+    if not len(test) and name != "none":
+        raise ValueError(f"the split {name} leaves no test part: each user has one rating")
+    return train, test
 
 
 def _part(ratings: Frame, is_test: pl.Expr | pl.Series) -> tuple[Frame, Frame]:
@@ -859,27 +1111,35 @@ class Ids(NamedTuple):
     items: pl.Series
 
 
-def to_tensors(train: Frame, test: Frame, *, allow_overlap: bool = False) -> tuple[Part, Part, Ids]:
+def to_tensors(
+    train: Frame,
+    test: Frame,
+    *,
+    users: Frame | None = None,
+    items: Frame | None = None,
+    allow_overlap: bool = False,
+) -> tuple[Part, Part, Ids]:
     """Both frames, with ids of one type (`same_ids`), as tensors; their raw ids indexed from 0.
 
-    ValueError when a part is empty, or, unless `allow_overlap`, when a (user, item) pair is in both
+    The ids of tables of `users` and `items` are among them. ValueError when training is empty, or, unless `allow_overlap`, when a (user, item) pair is in both
     parts: a model would be tested on what it was trained on (a copy of ua.base in circulation holds
     the whole of ua.test).
     """
-    for name, part in (("training", train), ("test", test)):
-        if not len(part):
-            raise ValueError(f"the {name} part has no ratings")
+    if not len(train):
+        raise ValueError("the training part has no ratings")
     if not allow_overlap:
         pairs, test_pairs = (part.lazy().select("user", "item") for part in (train, test))
         shared = pairs.join(test_pairs, ["user", "item"], "semi").collect(engine="streaming")
         if len(shared):
             raise ValueError(
                 f"{len(shared)} of the test part's (user, item) pairs are in the training part "
-                f"too, one is {shared.row(0)}"
+                f"too, one is {shared.row(0)}: leave them out, or --allow-overlap"
             )
     with ThreadPoolExecutor(2) as pool:
         (user_ids, *users), (item_ids, *items) = pool.map(
-            lambda name: _index(train[name], test[name]), ("user", "item")
+            lambda name, about: _index(*(part[name] for part in (train, test, about))),
+            ("user", "item"),
+            (train.clear() if about is None else about for about in (users, items)),
         )
     ratings = (part["rating"].cast(pl.Float32).to_torch() for part in (train, test))
     return *map(Part, users, items, ratings), Ids(user_ids, item_ids)
@@ -891,8 +1151,8 @@ def _index(*columns: pl.Series) -> tuple[pl.Series, Tensor, Tensor]:
     By a table from id to row where integers lie near each other: a look-up for a binary search.
     """
     is_text = columns[0].dtype == pl.String
-    low = 0 if is_text else min(column.min() for column in columns)
-    n_places = 0 if is_text else max(column.max() for column in columns) - low + 1
+    ends = [end for c in columns if len(c) and not is_text for end in (c.min(), c.max())]
+    low, n_places = (0, 0) if is_text else (min(ends), max(ends) - min(ends) + 1)
     if is_text or n_places > 2 * sum(map(len, columns)) + 2**20:
         ids = pl.concat([column.unique() for column in columns]).unique().sort()
         return ids, *(find_rows(ids, column).to_torch() for column in columns)
