@@ -62,7 +62,7 @@ class Lazy:
         return getattr(importlib.import_module(self.name), attribute)
 
 
-pl, torch = Lazy("polars"), Lazy("torch")
+np, pl, torch = map(Lazy, ("numpy", "polars", "torch"))
 data, model, schedule, train = map(Lazy, ("data", "model", "schedule", "train"))
 
 # Recipes, and the rule that fits them to data
@@ -242,7 +242,7 @@ def read(
 ) -> Source:
     """Read a MovieLens, by a name of `data.DATASETS`, or a path or a frame, with tables beside it.
 
-    The four may be paths or frames; `how` (columns, encoding, skip_bad) and `rating_range` are as in
+    The four are paths or frames; `how` (columns, encoding, skip_bad) and `rating_range` are as in
     `data.read_ratings`. Of several ratings of one (user, item) the latest is kept. `notice` gets a
     line on where data came from and on what was understood and left out. ValueError and OSError in
     one line for what cannot be read, and for a table of users or items of which none has a rating.
@@ -280,7 +280,7 @@ def read(
 
 
 def check_table(name: str, ids: pl.Series, ratings: tuple, notice) -> None:
-    """That some `ids` of a table of users or items have `ratings`; a notice on how many have none."""
+    """That some `ids` of a table have `ratings`; a notice on how many have none."""
     rated = pl.concat([frame[name].unique() for frame in ratings if frame is not None])
     n_rated = ids.is_in(rated.implode()).sum()
     if not n_rated:
@@ -297,6 +297,7 @@ class Task(NamedTuple):
     test: tuple  # the same
     times: torch.Tensor | None  # (N,) int64 timestamps of train; None without the feature time
     ids: data.Ids
+    counts: tuple  # training ratings of each user and each item
     seen: tuple  # bool masks of the users and of the items that training tells something of
     averages: model.Averages  # of the training ratings
     features: model.Features | None  # None for ids alone
@@ -343,7 +344,7 @@ def prepare(
         where = f"{source.name}: all ratings of the training part are {ratings[0]:g}"
         raise ValueError(f"{where}: pass ratings, not clicks or purchases")
     options = fit_recipe(options, given, task.train, clip, notice)
-    n_unseen = n_users - count_seen(task.train[0]), n_items - count_seen(task.train[1])
+    n_unseen = [(counts == 0).sum().item() for counts in task.counts]
     if any(n_unseen):
         how = "by their features" if all(seen.all() for seen in task.seen) else "as average"
         text = "without training ratings: {} users, {} items; predicted {}"
@@ -391,7 +392,8 @@ def make_task(parts: list, source: Source, kinds: tuple, *, allow_overlap: bool)
     averages = model.find_averages(*part, n_users=len(ids.users), n_items=len(ids.items))
     if contexts is not None:
         part, test = ((*each, c) for each, c in zip((part, test), contexts, strict=True))
-    return Task(tuple(part), tuple(test), times, ids, seen, averages, features, sizes)
+    counts = count_ratings(ids, *part[:2])
+    return Task(tuple(part), tuple(test), times, ids, counts, seen, averages, features, sizes)
 
 
 def find_titles(items: pl.DataFrame | None, item_ids: pl.Series) -> list[str] | None:
@@ -430,13 +432,13 @@ def train_model(
 ) -> Model:
     """Train the ensemble's members side by side, and return the `Model`.
 
-    After each epoch `on_epoch` gets its figures, a dict: epoch, train_loss, mse, rmse, mae (of the
-    split none none of these three), seconds (of training), evaluate_seconds; the model's `figures` are what `train --metrics` writes. A
-    file `checkpoint` is written after each epoch, with `arguments`, plain values; training goes on
-    after the last epoch of such a file, `resume`, to the same bits. torch's number of threads is
-    the caller's: one is fastest for small batches. Under `torch.distributed` the other processes
-    run `fit_members(train.broadcast())`. ValueError for a loss that is not finite, and for a
-    checkpoint of another task.
+    After each epoch `on_epoch` gets its figures, a dict: epoch, train_loss, mse, rmse, mae (if
+    there is a test part), seconds (of training), evaluate_seconds; the model's `figures` are what
+    `train --metrics` writes. A file `checkpoint` is written after each epoch, with `arguments`,
+    plain values; training goes on after the last epoch of such a file, `resume`, to the same bits.
+    torch's number of threads is the caller's: one is fastest for small batches. Under
+    `torch.distributed` the other processes run `fit_members(train.broadcast())`. ValueError for a
+    loss that is not finite, and for a checkpoint of another task.
     """
     rows, states, tables = [], None, []
     fingerprint = find_fingerprint(task) if checkpoint or resume else None
@@ -535,7 +537,12 @@ def to_rows(task: Task | Model, table: torch.Tensor) -> model.Params:
     Rows that training tells nothing of are average ones, and so is the one behind each side's.
     """
     if task.features is not None:
-        table = model.embed(table, task.features[0])
+        starts, *entries = task.features[0]
+        table = model.embed(table, (starts, *entries))
+        for counts, first in zip(task.counts, (0, len(table) - len(task.counts[1])), strict=True):
+            about = starts[first : first + len(counts) + 1], *entries
+            rows = table[first : first + len(counts)]
+            rows.copy_(model.regress_unrated(rows, about, counts))
     n_outputs = make_head(*task.head).n_outputs
     params = model.split_table(table, len(table) - len(task.ids.items), n_outputs=n_outputs)
     return model.add_average(params, *task.seen)
@@ -582,6 +589,7 @@ class Model(NamedTuple):
     options: dict
     figures: dict  # what `train --metrics` writes
     ids: data.Ids
+    counts: tuple
     seen: tuple
     features: tuple | None  # the matrix alone, in a tuple
     titles: pl.Series  # by row of the items, the id where there is none
@@ -661,7 +669,8 @@ def assemble(about: dict, tensors: dict) -> Model:
         lines, *entries = (tensors[name] for name in find_forms("features"))
         counts = torch.bincount(lines, minlength=count_lines(figures["options"], ids))
         features = ((torch.cat([counts.new_zeros(1), counts.cumsum(0)]), *entries),)
-    rest = figures["options"], figures, ids, seen, features, titles, []
+    counts = count_ratings(ids, tensors["train_users"], tensors["train_items"])
+    rest = figures["options"], figures, ids, counts, seen, features, titles, []
     trained = Model(about, tensors, about["head"], tuple(about["clip"]), *rest)
     return trained._replace(members=[to_rows(trained, table) for table in tensors["tables"]])
 
@@ -849,12 +858,13 @@ def find_rows(trained: Model, name: str, raw, *, locate=None, allow_unknown=Fals
     ValueError for an unknown id, after `locate` of its place, if given; with `allow_unknown`, it
     gets the row behind the last, that of the average user or item.
     """
-    raw_ids, raw = getattr(trained.ids, f"{name}s"), pl.Series(raw)
+    raw_ids, raw = getattr(trained.ids, f"{name}s"), data.to_series(raw)
     rows = data.find_rows(raw_ids, raw)
     if rows.null_count() and not allow_unknown:
         place = rows.is_null().arg_max()
         where = f"{locate(place)}: " if locate else ""
-        raise ValueError(f"{where}no {name} {str(raw[place])!r} in the model")
+        text = f"no {name} {str(raw[place])!r} in the model: --allow-unknown takes it as average"
+        raise ValueError(f"{where}{text}")
     return rows.fill_null(len(raw_ids)).cast(pl.Int64).to_torch()
 
 
@@ -866,15 +876,16 @@ def find_item(trained: Model, raw, *, allow_unknown: bool = False) -> int:
     """
     rows = data.find_rows(trained.ids.items, pl.Series([str(raw)])).drop_nulls().to_list()
     part, titles = str(raw).casefold().strip(), trained.about["titles"] or []
-    if not rows and part:
+    if not rows and part and isinstance(raw, str):  # a number is never a part of a title
         rows = [row for row, title in enumerate(titles) if part in title.casefold()]
     if len(rows) == 1:
         return rows[0]
     if not rows and allow_unknown:
         return len(trained.ids.items)
     if not rows:
-        raise ValueError(f"no item {str(raw)!r} in the model{' and in no title' * bool(titles)}")
-    counts = count_ratings(trained).tolist()
+        titled = " and in no title" * (bool(titles) and isinstance(raw, str))
+        raise ValueError(f"no item {str(raw)!r} in the model{titled}: --allow-unknown, or another")
+    counts = trained.counts[1].tolist()
     rows.sort(key=lambda row: -counts[row])
     listed = ", ".join(f"{trained.ids.items[row]} {titles[row]!r}" for row in rows[:10])
     more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
@@ -888,9 +899,10 @@ def find_items(trained: Model, raw: pl.Series) -> torch.Tensor:
     return torch.tensor([find_item(trained, r) if n is None else n for n, r in pairs]).long()
 
 
-def count_ratings(trained: Model) -> torch.Tensor:
-    """How many training ratings each item has, (n_items,)."""
-    return torch.bincount(trained.tensors["train_items"], minlength=len(trained.ids.items))
+def count_ratings(ids: data.Ids, users: torch.Tensor, items: torch.Tensor) -> tuple:
+    """How many ratings each user and each item has, of those with these rows (N,)."""
+    pairs = zip((users, items), ids, strict=True)
+    return tuple(torch.bincount(rows, minlength=len(raw_ids)) for rows, raw_ids in pairs)
 
 
 def describe_items(trained: Model, rows: torch.Tensor, **columns: torch.Tensor):
@@ -1008,7 +1020,7 @@ def recommend(
     if (users is None) == (rated is None) or n < 1:
         raise ValueError(f"give a user or what one has rated, not both, and n above 0, not {n}")
     if rated is None:
-        rows = find_rows(trained, "user", [users] if isinstance(users, int | str) else users)
+        rows = find_rows(trained, "user", [users] if np.ndim(users) == 0 else users)
         top = list_rows(trained, rows, n=n, include_seen=include_seen)
     else:
         items, *columns = to_rated(trained, rated)
@@ -1105,7 +1117,7 @@ def find_similar(trained: Model, item, *, n: int = 10) -> pl.DataFrame:
 
     The item is given as to `find_item`. Items without training ratings are left out.
     """
-    row, counts = find_item(trained, item), count_ratings(trained)
+    row, counts = find_item(trained, item), trained.counts[1]
     if not trained.seen[1][row]:
         raise ValueError(
             f"nothing is known of item {trained.ids.items[row]!r}: no training ratings"
@@ -1129,10 +1141,39 @@ def interpret(trained: Model) -> pl.DataFrame:
     """
     n_users, n_items = map(len, trained.ids)
     likings = model.find_likings(trained.members, n_users, head=make_head(*trained.head))[:n_items]
-    counts = count_ratings(trained)
+    counts = trained.counts[1]
     rows = likings.argsort(descending=True, stable=True)
     rows = rows[counts[rows] > 0]
     return describe_items(trained, rows, rating=likings[rows], n_ratings=counts[rows])
+
+
+def export(trained: Model) -> dict:
+    """Factors and biases with their ids, as numpy arrays by name: what `export` writes.
+
+    M members of the ensemble, K factors, Q biases a row (`model.Head`): user_ids (U,), item_ids
+    (I,), user_factors (M, U, K), item_factors (M, I, K), user_bias (M, U[, Q]), item_bias. With
+    z = user_factors @ item_factors + user_bias + item_bias, a rating is the members' mean of the
+    head's prediction: of the head bounded, low + (high - low) sigmoid(z + z0), where z0 makes that
+    the mean of the training at z = 0.
+    """
+    arrays = {f"{name[:-1]}_ids": ids.to_numpy() for name, ids in trained.ids._asdict().items()}
+    for name in model.Params._fields:
+        n_rows = len(arrays[f"{name.split('_')[0]}_ids"])
+        arrays[name] = torch.stack([rows._asdict()[name][:n_rows] for rows in trained.members])
+        arrays[name] = arrays[name].numpy()
+    return arrays
+
+
+def export_frame(trained: Model) -> pl.DataFrame:
+    """`export` as a table: side (user or item), id, member, factors and bias, a row each."""
+    arrays, frames = export(trained), []
+    for side in ("user", "item"):
+        ids = trained.ids._asdict()[f"{side}s"].cast(pl.String).alias("id").to_frame()
+        for member in range(len(trained.members)):
+            columns = {n: pl.Series(arrays[f"{side}_{n}"][member]) for n in ("factors", "bias")}
+            kind = pl.lit(side).alias("side"), "id", pl.lit(member).alias("member")
+            frames.append(ids.select(*kind).with_columns(**columns))
+    return pl.concat(frames)
 
 
 # Pictures
@@ -1144,7 +1185,14 @@ def start_figure(n_columns: int = 1, *, width: float = 8.0, height: float = 4.8)
         from matplotlib.figure import Figure  # no pyplot: no window, nothing global
     except ImportError:
         raise ValueError("pictures need matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
+
+    class Picture(Figure):
+        def _repr_png_(self) -> bytes:  # shown by a notebook
+            file = io.BytesIO()
+            self.savefig(file, format="png")
+            return file.getvalue()
+
+    figure = Picture(figsize=(width, height), layout="constrained", dpi=150)
     axes = figure.subplots(1, n_columns, squeeze=False)[0]
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
@@ -1169,7 +1217,7 @@ def plot_runs(runs: list[tuple[str, dict]]):
     for number, (name, run) in enumerate(runs):
         style = {"color": f"C{number % 10}", "label": f" {shorten(name)}"}
         epochs = [row["epoch"] for row in run["epochs"]]
-        errors.plot(epochs, [row["mse"] for row in run["epochs"]], "o-", **style)
+        errors.plot(epochs, [row.get("mse", math.nan) for row in run["epochs"]], "o-", **style)
         losses.plot(epochs, [row["train_loss"] for row in run["epochs"]], "o-", **style)
         paces = list(map(schedule.one_cycle(1000, lr_max=run["options"]["lr_max"]), range(1001)))
         lrs.plot(shares, [pace.lr for pace in paces], **style)
@@ -1202,7 +1250,7 @@ def plot_map(trained: Model, *, n_items: int = 2_000, n_labels: int = 60):
 
     The area of a dot goes with the item's ratings. A label that would cover another is left out.
     """
-    counts = count_ratings(trained)
+    counts = trained.counts[1]
     rows = counts.argsort(descending=True, stable=True)[:n_items]
     rows = rows[counts[rows] > 0]
     places, shares = model.find_components(find_factors(trained))
@@ -1314,7 +1362,7 @@ OPTIONS = {
         "pairs": (FILE, "Instead: a table of user, item[, time], of any length."),
         "rated": (str, "Instead: a new user's ratings, ITEM:RATING,... or a file of them."),
         "all-users": (bool, "Instead: for every user."),
-        "output": (FILE, "Write to this .csv, .tsv or .parquet; a picture to this .png or .svg."),
+        "output": (FILE, "Write to this file, of an ending for tables (.csv, .tsv, .parquet) ..."),
         "plot": (FILE, "Draw the curve to this .png or .svg."),
         "n": (COUNT, "How many.", 10),
         "include-seen": (bool, "Items that the user has rated, too."),
@@ -1637,6 +1685,8 @@ def cross_validate_command(splits, folds, metrics, **told):
     if (n_processes := find_processes()[1]) > 1:
         raise Usage(f"cross-validate is of one process, not of {n_processes}.")
     source, rows = start(told, metrics), []
+    if splits is None and folds is None and source.name != "ml-100k":
+        folds = 5
     splits = splits or data.PUBLISHED_SPLITS[2:]
     check_names("--splits", splits, data.PUBLISHED_SPLITS)
     parts = zip(splits, (data.split(source.ratings, name) for name in splits), strict=True)
@@ -1837,6 +1887,19 @@ def interpret_command(path, n):
     return {name: part.to_dicts() for name, part in parts.items()}, lines
 
 
+@command("export", "MODEL", "output", required="output")
+def export_command(path, output):
+    """Write factors and biases with their ids to an .npz or .parquet file, for other programs."""
+    check_paths([path], output, endings=(".npz", ".parquet"))
+    trained = load_model(path)
+    with data.replacing(output) as beside, open(beside, "wb") as file:
+        if output.suffix.lower() == ".parquet":
+            export_frame(trained).write_parquet(file)
+        else:
+            arrays = export(trained).items()  # texts of a fixed width, which need no pickle
+            np.savez(file, **{n: a.astype(str) if a.dtype.kind == "O" else a for n, a in arrays})
+
+
 @command("map", "MODEL", "output", required="output")
 def map_command(path, output):
     """Draw the items by the first two principal components of their factors."""
@@ -1858,7 +1921,7 @@ def read_metrics(path: Path) -> dict:
     """What `train --metrics` wrote. ValueError, naming the file, for anything else."""
     with refusing(path, "training's figures"):
         figures = json.loads(path.read_bytes())
-        rows = [[row[n] for n in ("epoch", "mse", "train_loss")] for row in figures["epochs"]]
+        rows = [[row["epoch"], row["train_loss"], row.get("mse", 0)] for row in figures["epochs"]]
         check_numbers([0.0 + number for row in rows for number in row])
         check_numbers(figures["options"]["lr_max"] / len(rows))
     return figures
@@ -1867,6 +1930,9 @@ def read_metrics(path: Path) -> dict:
 def main() -> int:
     """Run the command line, to an exit status; what a user can cause ends in one line."""
     status = 1
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what its encoding lacks is escaped, not an error
+            stream.reconfigure(errors="backslashreplace")
     try:
         cli(standalone_mode=False)
         return 0
@@ -1875,6 +1941,8 @@ def main() -> int:
         return error.exit_code
     except click.ClickException as error:
         status, line = error.exit_code, error.format_message()
+        if "unexpected extra argument" in line:
+            line += ": a table of ratings is given by --ratings FILE."
     except OSError as error:
         line = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except ValueError as error:

@@ -32,6 +32,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import compress
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -316,6 +317,10 @@ class _How(NamedTuple):
     notice: Callable[[str], None] = lambda line: None
 
 
+def _take(how: Mapping[str, object]) -> _How:
+    return _How(**{name: value for name, value in how.items() if value is not None})
+
+
 class _Source(NamedTuple):
     label: str  # what messages call it
     name: str  # of a file, without folders
@@ -334,11 +339,12 @@ def read_ratings(table: Name | object, *, rating_range: Range | None = None, **h
     """Ratings from a file, from the folder or archive of a MovieLens, or from a frame, in order.
 
     A file is Parquet, Arrow (Feather), JSON lines, or text: lines of user, item, rating and, if it
-    likes, timestamp, between tabs, commas, `;`, `|`, `::` or blanks. It may be packed by gzip, zstd,
-    bz2, xz or, alone, zip. Except between `::` and blanks, a field may be in double quotes, a quote
-    in it doubled (RFC 4180); between `;` numbers may have decimal commas; blank lines are left out.
-    A first line without numbers is a header, its names known by `NAMES`. A frame is of polars or
-    pandas, a dict of columns, or what exports Arrow (`__arrow_c_stream__`, `__dataframe__`).
+    likes, timestamp, between tabs, commas, `;`, `|`, `::` or blanks. It may be packed by gzip,
+    zstd, bz2, xz or, alone, zip. Except between `::` and blanks, a field may be in double quotes, a
+    quote in it doubled (RFC 4180); between `;` numbers may have decimal commas; blank lines are
+    left out. A first line without numbers is a header, its names known by `NAMES`. A frame is of
+    polars or pandas, a dict of columns, or what exports Arrow (`__arrow_c_stream__`,
+    `__dataframe__`).
 
     `how`: `columns`, which field is user, item, rating or timestamp (of a table of items, title),
     by name or by number from 1; `encoding` of a text, if it is not UTF-8; `skip_bad`, to leave out
@@ -353,23 +359,23 @@ def read_ratings(table: Name | object, *, rating_range: Range | None = None, **h
     when a file can't be read.
     """
     bounds = tuple(map(float, map(np.float32, rating_range or ANY)))  # rounded as a rating is
-    return _read(_scan(table, RATINGS, _How(**how)), RATINGS, bounds)
+    return _read(_scan(table, RATINGS, _take(how)), RATINGS, bounds)
 
 
 def read_rated(table: Name | object, **how) -> Frame:
     """The ratings of one user, as `read_ratings` of a table without the column user."""
-    return _read(_scan(table, RATED, _How(**how)), RATED)
+    return _read(_scan(table, RATED, _take(how)), RATED)
 
 
 def scan_pairs(table: Name | object, **how) -> tuple[pl.LazyFrame, Callable[[int], str]]:
     """Pairs of a user and an item, to be streamed in file order, and where in the file each is.
 
-    As `read_ratings`, but a rating may be missing and is not read. The frame: row Int64, its
-    line; user and item String; timestamp Int64, if the file has it. The function says of a row 'FILE,
+    As `read_ratings`, but a rating may be missing and is not read. The frame: row Int64, its line;
+    user and item String; timestamp Int64, if the file has it. The function says of a row 'FILE,
     line 17', or 'FILE, row 16' of a frame. All is read once here, in bounded memory, for errors as
     of `read_ratings`: the frame raises none later.
     """
-    source = _scan(table, PAIRS, _How(**how))
+    source = _scan(table, PAIRS, _take(how))
     query = _select(source, is_exact=True)
     chosen, n_nulls = _choose(source, _list_casts(source, PAIRS), query)
     if n_nulls.get("timestamp") and "timestamp" not in source.how.columns:
@@ -386,7 +392,7 @@ def scan_pairs(table: Name | object, **how) -> tuple[pl.LazyFrame, Callable[[int
         raise ValueError(f"{source.label}: no pairs")
     if chosen:
         pairs = pairs.with_columns(_to_seconds(most[1])[1].floor().cast(pl.Int64))
-    return pairs, lambda row: f"{source.label}, {_place(source, row)}"
+    return pairs, partial(_locate, source)
 
 
 def _scan(table: Name | object, kind: _Kind, how: _How) -> _Source:
@@ -488,7 +494,7 @@ def _to_lazy(table: object) -> pl.LazyFrame:
     if isinstance(table, pl.DataFrame | pl.LazyFrame):
         return table.lazy()
     if hasattr(table, "items"):  # column by column: polars takes whole ones of pandas with pyarrow
-        return pl.LazyFrame({str(name): _to_series(column) for name, column in table.items()})
+        return pl.LazyFrame({str(name): to_series(column) for name, column in table.items()})
     if hasattr(table, "__arrow_c_stream__"):
         return pl.DataFrame(table).lazy()
     if hasattr(table, "__dataframe__"):
@@ -496,10 +502,12 @@ def _to_lazy(table: object) -> pl.LazyFrame:
     raise ValueError(f"{_brief(type(table))} is neither a path nor a frame or a dict of columns")
 
 
-def _to_series(column: object) -> pl.Series:
+def to_series(column: object) -> pl.Series:
     """A column of pandas, numpy, torch or Python; what is of no type of numpy as text or lists."""
+    if isinstance(column, pl.Series):
+        return column
     values = np.asarray(column)
-    if values.dtype.kind != "O":
+    if values.dtype.kind not in "OU":
         return pl.Series(values)
     values = [None if value is None or str(value) in MISSING else value for value in values]
     is_list = any(isinstance(value, list | tuple | np.ndarray) for value in values)
@@ -515,17 +523,17 @@ def _find_columns(source: _Source, kind: _Kind) -> _Source:
     with _naming(source.label):
         frame = scan(source.content, glob=False, hive_partitioning=False) if scan else source.frame
         schema = frame.collect_schema()
-    fields, dtypes = list(schema), list(schema.values())
+    fields = list(schema)
     try:
         places = _find_places(fields, kind, source.how.columns)
     except ValueError as error:
         raise ValueError(f"{source.label}: {error}") from None
     for name in (name for name in (*kind.needed, kind.other) if name in places):
-        field, dtype = fields[places[name]], dtypes[places[name]]
+        dtype = schema.dtypes()[places[name]]
         is_time = name == "timestamp" and dtype in (pl.Date, pl.Datetime)
         if not (is_time or dtype.is_numeric() or dtype in TEXT):
-            cure = f"make it numbers or text, or name another by {OPTIONS[name]}"
-            raise ValueError(f"{source.label}: {field!r} for {name} is of type {dtype}: {cure}")
+            why = f"{fields[places[name]]!r} for {name} is of type {dtype}, not numbers or text"
+            raise ValueError(f"{source.label}: {why}: {OPTIONS[name]} tells another")
     return _say(source, fields, places)._replace(frame=frame, places=places)
 
 
@@ -554,18 +562,21 @@ def _detect(source: _Source, kind: _Kind) -> tuple[_Form, dict[str, int]]:
         fields = _split(lines, separator)
         if len(fields) < 2 and not is_json:
             continue
+        is_header = is_json or _is_header(fields, kind, columns)
+        names, words, n = fields, None, len(fields)
+        if not is_header:
+            names = [f"column {place + 1}" for place in range(n)]
+            words = kind.fields[:n] if n <= len(kind.fields) else [""] * n
         try:
-            is_header = is_json or _is_header(fields, kind, columns)
-            places = _find_places(fields, kind, columns, is_header=is_header)
+            places = _find_places(names, kind, columns, words)
         except ValueError as error:
-            errors.append((len(fields), str(error)))
+            errors.append((n, str(error)))
             continue
         rating = "0" if is_header or "rating" not in places else fields[places["rating"]]
-        score = re.fullmatch(NUMBER, rating) is not None, len(places), len(fields)
-        if not is_header:
-            fields = [f"column {place}" for place in range(1, len(fields) + 1)]
+        is_good = re.fullmatch(NUMBER, rating) is not None
+        score = is_good, separator != " ", len(places), n
         n_headers = 0 if is_json else n_blank + is_header
-        form = _Form(separator, fields, n_headers, separator in "\t,;|")
+        form = _Form(separator, names, n_headers, separator in "\t,;|")
         found.append((score, form, places))
     if not found:
         raise ValueError(f"{source.label}, line {n_blank + 1}: {max(errors)[1]}")
@@ -603,36 +614,31 @@ def _plain(field: str) -> str:
 
 
 def _find_places(
-    fields: Sequence[str], kind: _Kind, columns: Columns, *, is_header: bool = True
+    fields: Sequence[str], kind: _Kind, columns: Columns, words: Sequence[str] | None = None
 ) -> dict[str, int]:
-    """The place among the fields of each column: as given, by its name, or by the usual order.
+    """The place of each column among the fields: as given, by its name, or the only one left.
 
-    Of a table of one's own all other columns are read, too. ValueError if a needed one is missing.
+    Without a header `words` are the names that the fields have by their order. Of a table of one's
+    own all other columns are read, too. ValueError if a needed one is not found.
     """
     names, places = [*filter(None, kind.fields or (*kind.needed, kind.other))], {}
-    stripped = [field.strip() for field in fields] if is_header else []
+    has, lower = _brief(", ".join(fields)), [field.strip().lower() for field in fields]
     for name in (name for name in names if name in columns):
-        given = str(columns[name]).strip()
-        cases = (lambda field: field == given, lambda field: field.lower() == given.lower())
-        found = [place for case in cases for place, field in enumerate(stripped) if case(field)]
-        if found:
-            places[name] = found[0]
+        given = str(columns[name])
+        if given in fields:
+            places[name] = fields.index(given)
+        elif given.strip().lower() in lower:
+            places[name] = lower.index(given.strip().lower())
         elif given.isdecimal() and 1 <= int(given) <= len(fields):
             places[name] = int(given) - 1
         elif kind.fields:  # a table may call its ids otherwise than the ratings do
-            has = f"among {_brief(', '.join(fields))}" if is_header else "without a header"
-            raise ValueError(f"no column {given!r} {has}: {OPTIONS[name]} takes a name or a number")
-    if is_header:
-        _find_names(fields, kind, names, places)
-    else:
-        rest = [place for place in range(len(fields)) if place not in places.values()]
-        order = [name for name in names if name not in places]
-        places |= zip(order, rest, strict=False) if len(rest) <= len(order) else ()
+            ways = f"{OPTIONS[name]} takes a name or a number from 1"
+            raise ValueError(f"no column {given!r} among {has}: {ways}")
+    _find_names(fields if words is None else words, kind, names, places)
     if missing := [name for name in kind.needed if name not in places]:
-        has = f"among {_brief(', '.join(fields))}" if is_header else f"in {len(fields)} fields"
         cure = " and ".join(OPTIONS[name] for name in missing)
         cure += ", or unpivot the table if each item has a column" * (len(missing) > 1)
-        raise ValueError(f"no column for {', '.join(missing)} {has}: tell it by {cure}")
+        raise ValueError(f"no column for {', '.join(missing)} among {has}: tell it by {cure}")
     places = {n: p for n, p in places.items() if n in (*kind.needed, kind.other)}
     taken = set(places.values())
     for place, field in enumerate(() if kind.fields else fields):
@@ -641,20 +647,20 @@ def _find_places(
     return places
 
 
-def _find_names(fields: Sequence[str], kind: _Kind, names: list[str], places: dict) -> None:
-    """Add to `places` what a header tells, by `NAMES`, and the one column left if one is missing."""
-    plain, free = [*map(_plain, fields)], set(range(len(fields))) - set(places.values())
+def _find_names(words: Sequence[str], kind: _Kind, names: list[str], places: dict) -> None:
+    """Add to `places` what the names tell, by `NAMES`, and the one left if one is missing."""
+    plain, free = [*map(_plain, words)], set(range(len(words))) - set(places.values())
     for name in sorted((name for name in names if name not in places), key="rating".__eq__):
         for pattern in (*NAMES[name], *["id"] * (not kind.fields and name in kind.needed)):
             found = [place for place in sorted(free) if re.fullmatch(pattern, plain[place])]
             if len(found) > 1 and name in kind.needed:
-                has = _brief(", ".join(fields[place] for place in found))
+                has = _brief(", ".join(words[place] for place in found))
                 raise ValueError(f"several columns for {name}, {has}: tell it by {OPTIONS[name]}")
             if found:
                 places[name] = found[0]
                 free.remove(found[0])
                 break
-    left = [place for place in free if fields[place].strip()]
+    left = [place for place in free if plain[place]]
     missing = [name for name in kind.needed if name not in places]
     if kind.fields and len(missing) == len(left) == 1:
         places[missing[0]] = left[0]
@@ -779,11 +785,16 @@ def _leave_out(source: _Source, frame: Frame, names: list[str], bounds: Range) -
     return frame.filter(~is_wrong)
 
 
+def _locate(source: _Source, row: int) -> str:
+    """Where a row, from 0, of what `_select` finds is in its file."""
+    return f"{source.label}, {'row' if source.form is None else 'line'} {row + 1}"
+
+
 def _explain(source: _Source, row: int, name: str, bounds: Range = ANY) -> str:
     """Where a row of a null is, and what is wrong with this column of it."""
     query = _select(source, is_exact=True).filter(pl.col(ROW) == row)
     values = _collect(source, query).row(0, named=True)
-    where, value = f"{source.label}, {_place(source, row)}", values[name]
+    where, value = _locate(source, row), values[name]
     del values[ROW]
     if source.form is not None and set(values.values()) == {None}:
         _, separator, names, *_ = None, *source.form
@@ -791,18 +802,13 @@ def _explain(source: _Source, row: int, name: str, bounds: Range = ANY) -> str:
             return f"{where}: no JSON object with {', '.join(source.places)}"
         line = _collect(source, _scan_lines(source).slice(row, 1)).item()
         n_fields = len(_split([line], separator))
-        if n_fields != len(names):
-            return f"{where}: fields: {n_fields}, not {len(names)}"
-        return f"{where}: a quote in a field: double it, and put the field in quotes"
+        n_fields = f"{n_fields}, not {len(names)}" * (n_fields != len(names))
+        return f"{where}: fields: {n_fields or 'a quote that is not doubled, in quotes'}"
     if value is None or str(value).strip() in MISSING:
         return f"{where}: a value is missing ({name})"
     needed = "a finite number" + (bounds != ANY) * " in {:g} to {:g}".format(*bounds)
     needed = {"rating": needed, "timestamp": "a time"}.get(name, "an integer")
     return f"{where}: {name} {_brief(repr(value))} is not {needed}"
-
-
-def _place(source: _Source, row: int) -> str:
-    return f"{'row' if source.form is None else 'line'} {row + 1}"
 
 
 def _choose(source: _Source, casts: dict, query: pl.LazyFrame) -> tuple[dict, dict]:
@@ -831,7 +837,7 @@ def _cast(name: str, dtype: pl.DataType, bounds: Range, is_comma: bool) -> list[
     column = pl.col(name)
     text = column.cast(pl.String)
     bare = text.str.strip_chars()
-    if name in ("user", "item") and dtype not in TEXT:
+    if name in ("user", "item") and dtype not in TEXT and not dtype.is_integer():
         return [pl.when(column.floor() == column).then(column.cast(pl.Int64, strict=False))]
     if name in ("user", "item"):
         number = text.cast(pl.Int64, strict=False)  # which takes 007 and +1, too
@@ -875,7 +881,7 @@ def read_users(table: Name | object, **how) -> Frame | None:
     MovieLens: user and age Int64, gender, occupation, zip_code String. (In users.dat an occupation
     is a number, and an age the lowest of its group.)
     """
-    users, is_own = _read_table(table, USERS, USERS_FILES, _How(**how))
+    users, is_own = _read_table(table, USERS, USERS_FILES, _take(how))
     if is_own or users is None:
         return users
     age = pl.col("age").cast(pl.Int64, strict=False)
@@ -888,10 +894,10 @@ def read_items(table: Name | object, **how) -> Frame | None:
     MovieLens, from a folder or a zip (None if it has none) or a file so called: item Int64, title
     String, year Int64 (null if unknown), the last in parentheses in the title, genres list of
     String. Any other file or frame, or a file whose column of ids `how` names, is a table of one's
-    own with a header: `_to_side` tells what becomes of its columns. ValueError as in `read_ratings`,
-    and for an id that is there twice.
+    own with a header: `_to_side` tells what becomes of its columns. ValueError as in
+    `read_ratings`, and for an id that is there twice.
     """
-    films, is_own = _read_table(table, ITEMS, ITEMS_FILES, _How(**how))
+    films, is_own = _read_table(table, ITEMS, ITEMS_FILES, _take(how))
     if is_own or films is None:
         return films
     title, genres = pl.col("title").str.strip_chars(), pl.col("genres")
@@ -1021,8 +1027,8 @@ def split(ratings: Frame, name: str, *, seed: int = 0) -> tuple[Frame, Frame]:
     u1 to u5: the k-th fifth of the lines is. These are GroupLens's published splits of ml-100k
     (rules of its mku.sh and allbut.pl), and of 100,000 ratings only. random: a tenth, drawn by
     `seed`. last1, last10 and any other lastN: each user's last N by time (of one time, the later in
-    the file); of a user with N ratings or fewer, all but the first. none: no test part. ValueError for
-    any other, and for one that leaves the test part empty.
+    the file); of a user with N ratings or fewer, all but the first. none: no test part. ValueError
+    for any other, and for one that leaves the test part empty.
     """
     row = pl.int_range(pl.len())
     if name in PUBLISHED_SPLITS and len(ratings) != 100_000:
@@ -1044,7 +1050,7 @@ def split(ratings: Frame, name: str, *, seed: int = 0) -> tuple[Frame, Frame]:
         is_first = n_later == pl.len() - 1
         is_test = ((n_later < int(last[1])) & ~is_first).over("user")
     elif name == "none":
-        is_test = pl.lit(False)
+        is_test = row < 0
     else:
         raise ValueError(f"no split '{name}': it is {', '.join(SPLITS)} or lastN, as last10")
     train, test = _part(ratings, is_test)
@@ -1121,9 +1127,9 @@ def to_tensors(
 ) -> tuple[Part, Part, Ids]:
     """Both frames, with ids of one type (`same_ids`), as tensors; their raw ids indexed from 0.
 
-    The ids of tables of `users` and `items` are among them. ValueError when training is empty, or, unless `allow_overlap`, when a (user, item) pair is in both
-    parts: a model would be tested on what it was trained on (a copy of ua.base in circulation holds
-    the whole of ua.test).
+    Ids of tables of `users` and `items` are among them. ValueError when the training part is empty,
+    or, unless `allow_overlap`, when a (user, item) pair is in both parts: a model would be tested
+    on what it was trained on (a copy of ua.base in circulation holds the whole of ua.test).
     """
     if not len(train):
         raise ValueError("the training part has no ratings")
