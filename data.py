@@ -668,8 +668,8 @@ def _find_names(words: Sequence[str], kind: _Kind, names: list[str], places: dic
 
 def _scan_lines(source: _Source, **options) -> pl.LazyFrame:
     options |= {"separator": "\n", "quote_char": None, "has_header": False, "glob": False}
-    schema = {"line": pl.String}
-    return pl.scan_csv(source.content, schema=schema, raise_if_empty=False, **options)
+    options |= {"raise_if_empty": False, "empty_string_is_null": False}
+    return pl.scan_csv(source.content, schema={"line": pl.String}, **options)
 
 
 def _select(source: _Source, *, is_exact: bool = False) -> pl.LazyFrame:
