@@ -259,7 +259,7 @@ FOREIGN = {
     r"(?i)(%.*\n|\s)*@relation": "ARFF: save what is below @data as CSV, with a header",
     "\ufffd[\x02-\x05]": "a pickle: load it where you trust it, and save the table as CSV",
     "MATLAB |\ufffdHDF": "of MATLAB or HDF5: save the ratings as CSV, user,item,rating",
-    "\ufffd\ufffd\x11\ufffd|PK": "a workbook: save the sheet as CSV",
+    "\ufffd\ufffd\x11|PK": "a workbook: save the sheet as CSV",
     "\ufffdNUMPY|SQLite|FEA1": "of NumPy, SQLite or an old Feather: save the table as CSV",
     r"\s*\[": "a JSON array: write a record a line (pandas: orient='records', lines=True)",
     r"\s*\{\s*'": "of Python's dicts, not JSON: write each by json.dumps on a line",
@@ -802,6 +802,8 @@ def _explain(source: _Source, row: int, name: str, bounds: Range = ANY) -> str:
             return f"{where}: no JSON object with {', '.join(source.places)}"
         line = _collect(source, _scan_lines(source).slice(row, 1)).item()
         n_fields = len(_split([line], separator))
+        if '\\"' in line:
+            return f"{where}: a quote with a backslash: double the quote instead"
         n_fields = f"{n_fields}, not {len(names)}" * (n_fields != len(names))
         return f"{where}: fields: {n_fields or 'a quote that is not doubled, in quotes'}"
     if value is None or str(value).strip() in MISSING:
@@ -854,7 +856,7 @@ def _cast(name: str, dtype: pl.DataType, bounds: Range, is_comma: bool) -> list[
         numbers = numbers if dtype in TEXT else numbers[:1]
         return [pl.when(number.is_between(*bounds)).then(number) for number in numbers]
     if dtype in (pl.Date, pl.Datetime):
-        return [column.dt.epoch("us") / 10**6]
+        return [_divide(column.dt.epoch("us"), 10**6)]
     if dtype not in TEXT:
         number = column.cast(pl.Int64 if dtype.is_integer() else pl.Float64, strict=False)
         return [pl.when(number.abs() < 2.0**63).then(number)]
@@ -864,7 +866,7 @@ def _cast(name: str, dtype: pl.DataType, bounds: Range, is_comma: bool) -> list[
     casts = [column.cast(pl.Int64, strict=False), pl.when(number.abs() < 2.0**63).then(number)]
     for forms in (TIMES, DAYS_FIRST):
         times = (iso.str.to_datetime(form, strict=False, time_unit="us") for form in forms)
-        casts.append(pl.coalesce(time.dt.epoch("us") for time in times) / 10**6)
+        casts.append(_divide(pl.coalesce(time.dt.epoch("us") for time in times), 10**6))
     return casts
 
 
@@ -872,7 +874,12 @@ def _to_seconds(most: float) -> tuple[str, pl.Expr]:
     """The unit of times of which the latest is `most`, and how they become seconds."""
     unit = next((unit for unit, size in UNITS.items() if most < LATEST * size), "nanoseconds")
     time = pl.col("timestamp")
-    return unit, time if unit == "seconds" else time / UNITS[unit]
+    return unit, time if unit == "seconds" else _divide(time, UNITS[unit])
+
+
+def _divide(time: pl.Expr, size: int) -> pl.Expr:
+    """The quotient, whole where it is: polars may multiply by 1 / size."""
+    return time // size + (time % size) / size
 
 
 def read_users(table: Name | object, **how) -> Frame | None:

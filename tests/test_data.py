@@ -1,11 +1,14 @@
+import bz2
 import datetime
 import gzip
 import hashlib
 import http.server
 import io
 import itertools
+import lzma
 import math
 import os
+import pickle
 import re
 import threading
 import zipfile
@@ -106,6 +109,16 @@ def zipped(members):
         for name, content in members.items():
             archive.writestr(name, content)
     return buffer.getvalue()
+
+
+class Exported:
+    """A frame of some other library."""
+
+    def __init__(self, table):
+        self.table = table
+
+    def __arrow_c_stream__(self, requested_schema=None):
+        return self.table.__arrow_c_stream__(requested_schema)
 
 
 WRITERS = {
@@ -305,6 +318,174 @@ def test_a_pipe_is_read_once(tmp_path):
 def test_what_is_read(tmp_path, read, text, first):
     (tmp_path / "any").write_text(text)
     assert read(f"{tmp_path}/any").row(0) == first
+
+
+# What people have: name, content, what is read of it, and how it is told. The first line of a text
+# is its header, unless there are numbers in it.
+HEADERS = """
+userId,movieId,rating,timestamp; user_id,item_id,rating,timestamp; User-ID,ISBN,Book-Rating,Date
+user_id:token,item_id:token,rating:float,timestamp:float; reviewerID,asin,overall,unixReviewTime
+review/userId,product/productId,review/score,review/time; user_id,parent_asin,rating,timestamp
+customer_id,product_id,star_rating,review_date; user_id,business_id,stars,date; uid,iid,rating,timestamp
+User ID,Book ID,Rating,created_at; userID,placeID,rating,rating_time; member,track,score,rated_at_
+user_id,recipe_id,rating,date; user_id,anime_id,score,updated_at; customer,app_id,rating,date
+account_id,song_id,value,timestamp; person,article_id,label,time; CUSTOMER NO,COURSE,STARS,DATETIME
+user,joke,rating,time; user_name,game_name,rating,date; userID,artistID,weight,timestamp
+user,album_id,my_rating,time_ms; userId,thing,ratings,rated_on; user id,item id,movieRating,time
+"""
+HEADERS = [each for each in re.split(r";\s*|\n", HEADERS) if each]
+JSON = '{"user_id":"A1","asin":"007","rating":5.0,"text":"a\\n\\"b\\"","timestamp":1600000000123}\n'
+THREE = polars.DataFrame({"user": [1], "item": [2], "rating": [3]})
+HAVE = [
+    ("1 2 3\n4 5 6.5\n", [(1, 2, 3), (4, 5, 6.5)], {}),
+    ("  1   2\t3 9\n", [(1, 2, 3, 9)], {}),
+    ("1;2;3,5\n", [(1, 2, 3.5)], {}), ('"1";"2";"3,5"\n', [(1, 2, 3.5)], {}),
+    ("user;item;rating\na;b;,5\n", [("a", "b", 0.5)], {}),
+    (",user,item,rating\n0,1,2,3\n1,4,5,6\n", [(1, 2, 3), (4, 5, 6)], {}),
+    ("1,2,3\n\n4,5,6\n\n\n", [(1, 2, 3), (4, 5, 6)], {}),
+    ("\n \nuser,item,rating\r\n1,2,3\r\n\r\n", [(1, 2, 3)], {}),
+    ('user,item,rating,text\n1,2,3,"a\n\nb"\n\n4,5,6,\n', [(1, 2, 3), (4, 5, 6)], {}),
+    ("\ufeffuser,item,rating\n1,2,3\n", [(1, 2, 3)], {}),
+    ("1.0,7.,3\n2,8.00,3\n", [(1, 7, 3), (2, 8, 3)], {}),
+    ("1, 2, 3\n4, 5, 6\n", [(1, 2, 3), (4, 5, 6)], {}),
+    ("007,1.50,3\n7,x,3\n", [("007", "1.50", 3), ("7", "x", 3)], {}),
+    ("-1,+2,3\n", [(-1, "+2", 3)], {}), ("a b,c  d,3\n", [("a b", "c  d", 3)], {}),
+    ("A,b;c|d,3\n", [("A", "b;c|d", 3)], {}), ("1::a|b,c::3::9\n", [(1, "a|b,c", 3, 9)], {}),
+    ("b,a,5,9\n", [("a", "b", 5, 9)], {"columns": {"item": "1", "user": 2}}),
+    ("9,5,b,a\n", [("a", "b", 5)], {"columns": {"rating": 2, "item": 3, "user": 4}}),
+    ("151,Fallout 4,play,87,0\n", [(151, "Fallout 4", 87)],
+     {"columns": {"user": 1, "item": 2, "rating": 4}}),
+    ("x,y,z\na,b,5\n", [("a", "b", 5)], {"columns": {"user": "X", "item": "y"}}),
+    ("who,what,stars\na,b,5\n", [("a", "b", 5)], {"columns": {"user": 1, "item": 2}}),
+    ("user,item,weight\na,b,5\n", [("a", "b", 5)], {}),
+    ("user,thing,rating,time\na,b,5,9\n", [("a", "b", 5, 9)], {}),
+    ("user,item,rating,time_spent,timezone\n1,2,3,x,y\n", [(1, 2, 3)], {}),
+    ("user,item,rating,date\n1,2,3,01/31/2020\n", [(1, 2, 3)], {}),
+    ("user,item,rating,date\n1,2,3,\n4,5,6,9\n", [(1, 2, 3), (4, 5, 6)], {}),
+    ("user,item,rating,date\n1,2,3,\n4,5,6,9\n", [(4, 5, 6, 9)], {"skip_bad": True}),
+    ("user,item,rating\nnan,7,5\n2,NULL,3\n3,8,None\n\\N,7,2\n2,7,4\n", [(2, 7, 4)], {"skip_bad": True}),
+    ("user,item,rating\n1,2\n1,2,3,4\n1,2,x\n,2,3\n5,6,7\n", [(5, 6, 7)], {"skip_bad": True}),
+    ('user,item,rating\n"1,2,3\n4,5",6\n7,"8",9\n', [(7, 8, 9)], {"skip_bad": True}),
+    ('user,item,rating,text\n1,2,3,"a \\"b\\", c"\n4,5,6,"d"\n', [(4, 5, 6)], {"skip_bad": True}),
+    ("1,2,0\n3,4,-1\n5,6,10\n", [(5, 6, 10)], {"skip_bad": True, "rating_range": (1, 10)}),
+    ("3::4::5\n1::2\n", [(3, 4, 5)], {"skip_bad": True}),
+    (JSON, [("A1", "007", 5, 1600000000.123)], {}),
+    (JSON + '\n{"rating":4,"user_id":2,"asin":"x","timestamp":1600000001000,"more":[{"a":1}]}\n',
+     [("A1", "007", 5, 1600000000.123), ("2", "x", 4, 1600000001.0)], {}),
+    (JSON + "{bad}\n[1]\n" + '{"user_id":null,"asin":1,"rating":1,"timestamp":1}\n',
+     [("A1", "007", 5, 1600000000.123)], {"skip_bad": True}),
+    ('{"user/id":1,"it\'em":2,"rating":3}\n', [(1, 2, 3)], {"columns": {"user": "user/id"}}),
+    ("é,2,3\n".encode("latin-1"), [("é", 2, 3)], {"encoding": "latin-1"}),
+    ("€,2,3\n".encode("cp1252"), [("€", 2, 3)], {"encoding": "cp1252"}),
+    ("user,item,rating\né,2,3\n".encode("utf-16"), [("é", 2, 3)], {"encoding": "utf-16"}),
+    (gzip.compress("é 2 3\n".encode("latin-1")), [("é", 2, 3)], {"encoding": "latin-1"}),
+    (bz2.compress(b"1\t2\t3\n"), [(1, 2, 3)], {}), (lzma.compress(b"1|2|3\n"), [(1, 2, 3)], {}),
+    (gzip.compress(JSON.encode()), [("A1", "007", 5, 1600000000.123)], {}),
+    (zipped({"a/any.txt": b"1 2 3\n", "__MACOSX/a/._any.txt": b""}), [(1, 2, 3)], {}),
+    (zipped({"x.csv": "é;2;3\n".encode("latin-1")}), [("é", 2, 3)], {"encoding": "latin-1"}),
+    (into(THREE.write_parquet), [(1, 2, 3)], {}), (into(THREE.write_ipc), [(1, 2, 3)], {}),
+    (THREE, [(1, 2, 3)], {}), (THREE.lazy(), [(1, 2, 3)], {}), (Exported(THREE), [(1, 2, 3)], {}),
+    ({"user": [1, 2], "item": numpy.array([3, 4]), "rating": torch.tensor([5, 6])},
+     [(1, 3, 5), (2, 4, 6)], {}),
+    ({"user": [1.0, math.nan], "item": ["a", None], "stars": [5, 6]}, [(1, "a", 5)], {"skip_bad": True}),
+    ({"user": ["x", 7, None], "item": [1, 2, 3], "rating": [True, 2, 3]},
+     [("x", 1, 1), ("7", 2, 2)], {"skip_bad": True}),
+    ({"user": [1], "item": [2], "rating": [3], "time": [NOON]}, [(1, 2, 3, 43_200)], {}),
+    ({"user": [1], "item": [2], "rating": [3], "time": numpy.array(["1970-01-02T00:00:00.5"], "M8[ms]")},
+     [(1, 2, 3, 86_400.5)], {}),
+    *((f"{header}\n7,it,4,9\n", [(7, "it", 4, 9)], {}) for header in HEADERS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "rows", "how"), HAVE)
+def test_ratings_as_people_have_them(tmp_path, content, rows, how):
+    table = content
+    if isinstance(content, str | bytes):
+        table = tmp_path / "any"
+        table.write_bytes(content.encode() if isinstance(content, str) else content)
+    names = ["user", "item", "rating", "timestamp"]
+    expected = polars.DataFrame(rows, names[: len(rows[0])], orient="row")
+    expected = expected.cast({"rating": polars.Float32})
+    read = read_ratings(table, **how)
+    assert read.equals(expected)
+    assert read.schema == expected.schema
+
+
+# What can't be read, and words of the line that says so: what it is, and what mends it.
+BAD = [
+    ("u,i,r,x\n1,2,3,4\n", "any, line 1: user, item, rating u, i, r --user-column --item-column"),
+    ("user,thing,r,x\n1,2,3,4\n", "item, rating --item-column --rating-column unpivot"),
+    ("user,a,b,c\n1,2,3,4\n", "item, rating a, b, c unpivot"), ("1,2,3,4,5\n1,2,3,4,5\n", "unpivot"),
+    ("user,item,food_rating,service_rating\n1,2,3,4\n", "several columns rating --rating-column"),
+    ("user,user,item,rating\n1,2,3,4\n", "several columns user --user-column"),
+    ("a,b\n1,2\n", "line 1 --user-column"), ("text\n", "line 1: no tab, comma, ';', '|', '::' blank"),
+    ("user,item,rating\n1,2,x\n", "line 2: rating 'x' finite number --skip-bad"),
+    ("user,item,rating\n\n1,2,3\n1,,3\n", "line 4: missing (item) --skip-bad"),
+    ("user,item,rating\nnan,2,3\n", "line 2: missing (user) --skip-bad"),
+    ("user,item,rating\n1,2,NULL\n", "line 2: missing (rating) --skip-bad"),
+    ("user,item,rating\n1,2,3\n1,2\n", "line 3: fields: 2, not 3 --skip-bad"),
+    ("1 2 3\n\n1 2 3 4\n", "line 3: fields: 4, not 3 --skip-bad"),
+    ("1::2::3\n1::2::3\n1::2\n", "line 3: fields: 2, not 3"),
+    (JSON + "\n{bad\n", "line 3: no JSON object user --skip-bad"),
+    (JSON + '{"user_id":1,"asin":2}\n', "line 2: missing (rating) --skip-bad"),
+    ('user,item,rating,text\n1,2,3,"a \\"b\\", c"\n', "line 2: quote"),
+    ("user,item,rating,text\n1,2,3,ok\n1,2,3,a \"b\n", "line 3: quote doubled"),
+    ("user,item,rating\r1,2,3\r", "old Mac tr"), ("1:\n1488844,3,2005-09-06\n", "Netflix colon"),
+    ("% a\n@RELATION r\n@data\n1,2,3\n", "ARFF @data CSV"), ("[{\"user\":1}]\n", "JSON array line"),
+    ("{'user': 1, 'item': 2}\n", "Python json.dumps"), ("<!DOCTYPE html>\n", "HTML CSV"),
+    (pickle.dumps([1]), "pickle CSV"), (b"MATLAB 5.0 MAT-file\0\0", "MATLAB CSV"),
+    (b"\x89HDF\r\n\x1a\n", "HDF5 CSV"), (zipped({"xl/workbook.xml": b""}), "workbook CSV"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1", "workbook CSV"), (b"\x93NUMPY\x01\0", "NumPy CSV"),
+    ("é,2,3\n".encode("latin-1"), "UTF-8 --encoding latin-1"),
+    ("a,2,3\n".encode("utf-16"), "UTF-16 --encoding utf-16"),
+    (zipped({"a.csv": b"1,2,3\n", "b.csv": b"1,2,3\n"}), "ratings.csv path"),
+    ({"user": [1], "item": [2], "rating": ["x"]}, "the frame of ratings, row 1: rating 'x' finite"),
+    ({"user": [1.5], "item": [2], "rating": [3]}, "row 1: user 1.5 integer"),
+    ({"user": [[1]], "item": [2], "rating": [3]}, "'user' type --user-column"),
+    ({"user": [1], "item": [2], "stars": [3], "score": [4]}, "several columns stars, score"),
+    ({"a": [1], "b": [2]}, "user, item, rating --user-column"), (7, "int path frame dict"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "words"), BAD)
+def test_what_people_have_is_refused_with_a_cure(tmp_path, content, words):
+    table = content
+    if isinstance(content, str | bytes):
+        table = tmp_path / "any"
+        table.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ValueError, match="any|frame") as caught:
+        read_ratings(table)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert all(word in line for word in re.findall(r"[\w:'(]\S*", words)), line
+
+
+@pytest.mark.parametrize(("how", "words"), [
+    ({"columns": {"user": "who"}}, "'who' user, item, rating --user-column"),
+    ({"columns": {"item": 9}}, "'9' --item-column number"), ({"encoding": "nope"}, "nope latin-1"),
+    ({"columns": {"timestamp": "date"}}, "line 2: timestamp 'noon' time"),
+    ({"rating_range": (4, 5)}, "line 2: rating '3' 4 5 --skip-bad"),
+    ({"encoding": "ascii"}, "ascii --encoding"),
+])  # fmt: skip
+def test_how_it_is_told_is_checked(tmp_path, how, words):
+    (tmp_path / "any").write_text("user,item,rating,date\n1,2,3,noon\n\né,,,\n")
+    with pytest.raises(ValueError, match="any") as caught:
+        read_ratings(tmp_path / "any", **how)
+    assert all(word in str(caught.value) for word in words.split())
+
+
+def test_what_was_understood_is_said(tmp_path):
+    said, path = [], tmp_path / "any"
+    path.write_text(JSON + "\n" + '{"user_id":1,"asin":2,"rating":"x","timestamp":1}\n')
+    assert len(read_ratings(path, skip_bad=True, notice=said.append)) == 1
+    columns = "user is user_id, item is asin, timestamp is timestamp, rating is rating"
+    bad = f"left out: 1, the first is {path}, line 3: rating 'x' is not a finite number"
+    assert said == [f"{path}: {columns}", bad, f"{path}: times in milliseconds"]
+    said.clear()
+    path.write_text("user,item,rating,date\n1,2,3,01/31/2020\n")
+    read_ratings(path, notice=said.append)
+    bad = f"times are left out: {path}, line 2: timestamp '01/31/2020' is not a time"
+    assert said[1:] == [bad]
 
 
 @pytest.mark.parametrize(("name", "column", "expected"), [
