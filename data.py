@@ -258,13 +258,13 @@ FOREIGN = {
     r"\d+:\n": "in blocks, as Netflix's: put the number before the colon on each line below",
     r"(?i)(%.*\n|\s)*@relation": "ARFF: save what is below @data as CSV, with a header",
     "\ufffd[\x02-\x05]": "a pickle: load it where you trust it, and save the table as CSV",
-    "MATLAB |\ufffdHDF": "of MATLAB or HDF5: save the ratings as CSV, user,item,rating",
-    "\ufffd\ufffd\x11|PK": "a workbook: save the sheet as CSV",
-    "\ufffdNUMPY|SQLite|FEA1": "of NumPy, SQLite or an old Feather: save the table as CSV",
-    r"\s*\[": "a JSON array: write a record a line (pandas: orient='records', lines=True)",
+    "MATLAB 5|\ufffdHDF": "of MATLAB or HDF5: save the ratings as CSV, user,item,rating",
+    "\ufffd\ufffd\x11|PK\x03\x04": "a workbook: save the sheet as CSV",
+    "\ufffdNUMPY|SQLite format|FEA1\0": "of NumPy, SQLite or an old Feather: save the table as CSV",
+    r"\s*\[\s*[\[{\n]": "a JSON array: write a record a line (pandas: orient='records', lines=True)",
     r"\s*\{\s*'": "of Python's dicts, not JSON: write each by json.dumps on a line",
-    r"\s*<": "XML or HTML: save the table as CSV",
-    r"[^\n]*\r[^\n]": r"with an old Mac's line ends: tr '\r' '\n' < OLD > NEW",
+    r"(?i)\s*<(!|\?|[a-z]+>)": "XML or HTML: save the table as CSV",
+    r"[^\n]*\r[^\n]+\n\Z": r"with an old Mac's line ends: tr '\r' '\n' < OLD > NEW",
     "\ufffd\ufffd": "not UTF-8 but perhaps UTF-16: --encoding utf-16",
 }
 
@@ -557,7 +557,7 @@ def _detect(source: _Source, kind: _Kind) -> tuple[_Form, dict[str, int]]:
     if not "".join(lines).strip():
         raise ValueError(f"{source.label}: no {kind.noun}")
     found, errors = [], [(0, "no tab, comma, ';', '|', '::' or blank between the columns")]
-    is_json, columns = lines[0].lstrip().startswith("{"), source.how.columns
+    is_json, columns = re.match(r'\s*\{\s*"', lines[0]), source.how.columns
     for separator in "{" if is_json else ("\t", "::", ",", ";", "|", " "):
         fields = _split(lines, separator)
         if len(fields) < 2 and not is_json:

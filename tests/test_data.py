@@ -326,7 +326,8 @@ HEADERS = """
 userId,movieId,rating,timestamp; user_id,item_id,rating,timestamp; User-ID,ISBN,Book-Rating,Date
 user_id:token,item_id:token,rating:float,timestamp:float; reviewerID,asin,overall,unixReviewTime
 review/userId,product/productId,review/score,review/time; user_id,parent_asin,rating,timestamp
-customer_id,product_id,star_rating,review_date; user_id,business_id,stars,date; uid,iid,rating,timestamp
+customer_id,product_id,star_rating,review_date; user_id,business_id,stars,date
+uid,iid,rating,timestamp
 User ID,Book ID,Rating,created_at; userID,placeID,rating,rating_time; member,track,score,rated_at_
 user_id,recipe_id,rating,date; user_id,anime_id,score,updated_at; customer,app_id,rating,date
 account_id,song_id,value,timestamp; person,article_id,label,time; CUSTOMER NO,COURSE,STARS,DATETIME
@@ -363,7 +364,8 @@ HAVE = [
     ("user,item,rating,date\n1,2,3,01/31/2020\n", [(1, 2, 3)], {}),
     ("user,item,rating,date\n1,2,3,\n4,5,6,9\n", [(1, 2, 3), (4, 5, 6)], {}),
     ("user,item,rating,date\n1,2,3,\n4,5,6,9\n", [(4, 5, 6, 9)], {"skip_bad": True}),
-    ("user,item,rating\nnan,7,5\n2,NULL,3\n3,8,None\n\\N,7,2\n2,7,4\n", [(2, 7, 4)], {"skip_bad": True}),
+    ("user,item,rating\nnan,7,5\n2,NULL,3\n3,8,None\n\\N,7,2\n2,7,4\n", [(2, 7, 4)],
+     {"skip_bad": True}),
     ("user,item,rating\n1,2\n1,2,3,4\n1,2,x\n,2,3\n5,6,7\n", [(5, 6, 7)], {"skip_bad": True}),
     ('user,item,rating\n"1,2,3\n4,5",6\n7,"8",9\n', [(7, 8, 9)], {"skip_bad": True}),
     ('user,item,rating,text\n1,2,3,"a \\"b\\", c"\n4,5,6,"d"\n', [(4, 5, 6)], {"skip_bad": True}),
@@ -387,12 +389,13 @@ HAVE = [
     (THREE, [(1, 2, 3)], {}), (THREE.lazy(), [(1, 2, 3)], {}), (Exported(THREE), [(1, 2, 3)], {}),
     ({"user": [1, 2], "item": numpy.array([3, 4]), "rating": torch.tensor([5, 6])},
      [(1, 3, 5), (2, 4, 6)], {}),
-    ({"user": [1.0, math.nan], "item": ["a", None], "stars": [5, 6]}, [(1, "a", 5)], {"skip_bad": True}),
+    ({"user": [1.0, math.nan], "item": ["a", None], "stars": [5, 6]}, [(1, "a", 5)],
+     {"skip_bad": True}),
     ({"user": ["x", 7, None], "item": [1, 2, 3], "rating": [True, 2, 3]},
      [("x", 1, 1), ("7", 2, 2)], {"skip_bad": True}),
     ({"user": [1], "item": [2], "rating": [3], "time": [NOON]}, [(1, 2, 3, 43_200)], {}),
-    ({"user": [1], "item": [2], "rating": [3], "time": numpy.array(["1970-01-02T00:00:00.5"], "M8[ms]")},
-     [(1, 2, 3, 86_400.5)], {}),
+    ({"user": [1], "item": [2], "rating": [3], "time": numpy.array([500], "M8[ms]")},
+     [(1, 2, 3, 0.5)], {}),
     *((f"{header}\n7,it,4,9\n", [(7, "it", 4, 9)], {}) for header in HEADERS),
 ]  # fmt: skip
 
@@ -415,10 +418,10 @@ def test_ratings_as_people_have_them(tmp_path, content, rows, how):
 BAD = [
     ("u,i,r,x\n1,2,3,4\n", "any, line 1: user, item, rating u, i, r --user-column --item-column"),
     ("user,thing,r,x\n1,2,3,4\n", "item, rating --item-column --rating-column unpivot"),
-    ("user,a,b,c\n1,2,3,4\n", "item, rating a, b, c unpivot"), ("1,2,3,4,5\n1,2,3,4,5\n", "unpivot"),
+    ("user,a,b,c\n1,2,3,4\n", "item, rating a, b, c unpivot"), ("1,2,3,4,5\n", "unpivot"),
     ("user,item,food_rating,service_rating\n1,2,3,4\n", "several columns rating --rating-column"),
     ("user,user,item,rating\n1,2,3,4\n", "several columns user --user-column"),
-    ("a,b\n1,2\n", "line 1 --user-column"), ("text\n", "line 1: no tab, comma, ';', '|', '::' blank"),
+    ("a,b\n1,2\n", "line 1 --user-column"), ("text\n", "line 1: no tab, comma, ';', '::' blank"),
     ("user,item,rating\n1,2,x\n", "line 2: rating 'x' finite number --skip-bad"),
     ("user,item,rating\n\n1,2,3\n1,,3\n", "line 4: missing (item) --skip-bad"),
     ("user,item,rating\nnan,2,3\n", "line 2: missing (user) --skip-bad"),
@@ -453,7 +456,7 @@ def test_what_people_have_is_refused_with_a_cure(tmp_path, content, words):
     if isinstance(content, str | bytes):
         table = tmp_path / "any"
         table.write_bytes(content.encode() if isinstance(content, str) else content)
-    with pytest.raises(ValueError, match="any|frame") as caught:
+    with pytest.raises(ValueError, match=r"any|frame") as caught:
         read_ratings(table)
     line = str(caught.value)
     assert "\n" not in line
