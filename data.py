@@ -261,7 +261,7 @@ FOREIGN = {
     "MATLAB 5|\ufffdHDF": "of MATLAB or HDF5: save the ratings as CSV, user,item,rating",
     "\ufffd\ufffd\x11|PK\x03\x04": "a workbook: save the sheet as CSV",
     "\ufffdNUMPY|SQLite format|FEA1\0": "of NumPy, SQLite or an old Feather: save the table as CSV",
-    r"\s*\[\s*[\[{\n]": "a JSON array: write a record a line (pandas: orient='records', lines=True)",
+    r"\s*\[\s*[\[{\n]": "a JSON array: write a record a line (in pandas lines=True)",
     r"\s*\{\s*'": "of Python's dicts, not JSON: write each by json.dumps on a line",
     r"(?i)\s*<(!|\?|[a-z]+>)": "XML or HTML: save the table as CSV",
     r"[^\n]*\r[^\n]+\n\Z": r"with an old Mac's line ends: tr '\r' '\n' < OLD > NEW",
@@ -539,7 +539,7 @@ def _find_columns(source: _Source, kind: _Kind) -> _Source:
 
 def _say(source: _Source, fields: Sequence[str], places: Mapping[str, int]) -> _Source:
     """The source, after a notice on which field is which column if their names do not tell."""
-    said = {name: _brief(fields[place]) for name, place in places.items() if name in NAMES}
+    said = {name: _brief(fields[places[name]]) for name in NAMES if name in places}
     if source.name not in RATINGS_FILES and any(name != field for name, field in said.items()):
         listed = ", ".join(f"{name} is {field}" for name, field in said.items())
         source.how.notice(f"{source.label}: {listed}")

@@ -323,8 +323,9 @@ def test_cross_validation(main, tmp_path, source, small):
         assert figures[name] == pytest.approx(sum(values) / 2)
         assert figures[f"{name}_std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
         assert f"{name} {figures[name]:#.4g} +- {figures[f'{name}_std']:#.2g}" in last
-    done = main(*command, "--folds", 3, "--ratings", small / "r.parquet")
-    assert done.stdout.splitlines()[3].startswith("  3/3 | ")
+    for n_folds, told in ((3, ("--folds", 3)), (5, ())):  # five of one's own, unless told
+        done = main(*command, *told, "--ratings", small / "r.parquet")
+        assert done.stdout.splitlines()[n_folds].startswith(f"  {n_folds}/{n_folds} | ")
 
 
 # Answers.
@@ -446,3 +447,108 @@ def test_titles_that_are_numbers_are_texts(main, tmp_path):
     assert main("train", "--epochs", 1, *files, "--save", "m.pt").returncode == 0
     found = json.loads(main("similar", "m.pt", "--item", "1993", "--json").stdout)
     assert (found["item"], found["title"]) == (3, "1993")
+
+
+LIKES = {
+    (user, item): 5 if item % 4 == user % 4 else 2 for user in range(1, 21) for item in range(40)
+}
+LIKED = polars.DataFrame(
+    [(*pair, rating) for pair, rating in LIKES.items()], ["user", "item", "rating"], orient="row"
+)
+KINDS = polars.DataFrame({"item": [*range(40), 999], "title": [f"Film {n}" for n in range(41)]})
+KINDS = KINDS.with_columns(genre=polars.format("g{}", polars.col("item").replace(999, 1) % 4))
+
+
+def test_items_of_a_table_alone_are_in_the_model(main, tmp_path):
+    """By their features if these are learnt, else as the average one, which is in no list."""
+    said = []
+    source = collab.read(LIKED, items=KINDS, notice=said.append)
+    assert "1 of the table's 41 items have no ratings" in said
+    asked = polars.DataFrame({"user": [1, 2], "item": [999, 999]})
+    trained = collab.train_model(collab.prepare(source, features=("id", "side")))
+    like, dislike = collab.predict(trained, asked)["rating"]
+    assert like > 4.5
+    assert dislike < 2.5
+    assert 999 in collab.recommend(trained, 1, n=10**6)["item"]
+    assert 999 not in collab.find_similar(trained, 1, n=10**6)["item"]
+    plain = collab.train_model(collab.prepare(source))
+    assert plain.ids.items[-1] == 999
+    average = collab.predict(plain, asked.with_columns(item=-1), allow_unknown=True)["rating"]
+    assert collab.predict(plain, asked)["rating"].equals(average)
+    assert 999 not in collab.recommend(plain, 1, n=10**6)["item"]
+    with pytest.raises(ValueError, match=r"no item of the table .* '.*1' there, .* --item-column"):
+        collab.read(LIKED, items={"item": ["01", "02"], "title": ["a", "b"]})
+    KINDS.write_csv(tmp_path / "i.csv")
+    LIKED.rename({"item": "asin"}).write_csv(tmp_path / "r.csv")  # which the table calls otherwise
+    done = main("train", "--ratings", "r.csv", "--items", "i.csv", "--item-column", "asin")
+    assert done.returncode == 0, done.stderr
+    assert "r.csv: user is user, item is asin, rating is rating" in done.stderr
+
+
+def test_ids_may_be_of_any_library(plain):
+    users = plain.ids.users[:2]
+    expected = collab.recommend(plain, users.to_list(), n=2)
+    for ids in (users, users.to_numpy(), users.to_torch(), tuple(users)):
+        assert collab.recommend(plain, ids, n=2).equals(expected)
+    assert collab.recommend(plain, numpy.int64(users[0]), n=2).equals(expected.head(2))
+    with pytest.raises(ValueError, match="no item '2001' in the model: --allow-unknown"):
+        collab.find_item(plain, 2001)  # a number is in no title, as that of 2001: A Space Odyssey
+    assert plain.titles[collab.find_item(plain, "2001")].startswith("2001: A Space")
+    rated = polars.DataFrame({"item": [2001], "rating": [5.0]})
+    with pytest.raises(ValueError, match="no item '2001'"):
+        collab.recommend(plain, rated=rated)
+    assert re.fullmatch(
+        "<Model: default on ml-100k, ua; 943 users, 1,682 items; mse .*>", repr(plain)
+    )
+
+
+def test_all_may_be_trained_on(main, tmp_path):
+    """Without a test part there are no errors, in no file, and a checkpoint goes on to the same."""
+    LIKED.write_csv(tmp_path / "r.csv")
+    train = ("train", "--ratings", "r.csv", "--split", "none")
+    done = main(*train, "--save", "m.pt", "--metrics", "m.json", "--checkpoint", "k.pt")
+    assert done.stdout.startswith("epoch | train_loss |    time\n"), done.stderr
+    assert re.fullmatch(r"trained in \d+\.\d\d s", done.stdout.splitlines()[-1])
+    figures = json.loads((tmp_path / "m.json").read_text())
+    assert figures["n_train"] == 800
+    assert figures["n_test"] == 0
+    assert not {"mse", "rmse", "mae"} & {*figures, *figures["epochs"][0]}
+    for words in (("evaluate", "m.pt"), ("evaluate", "m.pt", "--ranking")):
+        done = main(*words)
+        assert done.returncode == 1
+        assert done.stderr.endswith("--ratings\n")
+    assert (
+        "on 800 ratings of r.csv"
+        in main("evaluate", "m.pt", "--ratings", "r.csv", "--allow-overlap").stdout
+    )
+    assert main("info", "m.pt").returncode == 0
+    assert main("plot", "m.json", "--output", "m.svg").returncode == 0
+    done = main("train", "--resume", "k.pt", "--save", "n.pt")
+    assert done.returncode == 0, done.stderr
+    tables = (collab.load_model(tmp_path / name).tensors["tables"] for name in ("m.pt", "n.pt"))
+    assert torch.equal(*tables)
+
+
+def test_factors_are_exported_with_their_ids(main, tmp_path, plain, timed):
+    """From what is written the predictions follow."""
+    collab.save_model(tmp_path / "m.pt", plain)
+    for output in ("f.npz", "f.parquet"):
+        assert main("export", "m.pt", "--output", output).returncode == 0
+    arrays = numpy.load(tmp_path / "f.npz")
+    users, items = ((arrays[f"{n}_factors"][0], arrays[f"{n}_bias"][0]) for n in ("user", "item"))
+    head = plain.head[1]
+    low, span = head["low"], head["high"] - head["low"]
+    share = (head["mean"] - low) / span
+    z = users[0] @ items[0].T + users[1][:, None] + items[1] + numpy.log(share / (1 - share))
+    asked = polars.DataFrame({"user": [196, 22], "item": [242, 50]})
+    expected = (low + span / (1 + numpy.exp(-z))).clip(*plain.clip)
+    places = [numpy.searchsorted(arrays[f"{name}_ids"], asked[name]) for name in ("user", "item")]
+    assert numpy.allclose(
+        collab.predict(plain, asked)["rating"], expected[tuple(places)], atol=1e-5
+    )
+    table = polars.read_parquet(tmp_path / "f.parquet")
+    assert table.columns == ["side", "id", "member", "factors", "bias"]
+    assert table["id"].to_list() == [*map(str, [*plain.ids.users, *plain.ids.items])]
+    assert numpy.allclose(table["factors"].to_numpy(), numpy.concatenate([users[0], items[0]]))
+    many = collab.export(timed)
+    assert many["user_bias"].shape == (len(timed.members), 943, timed.members[0].user_bias.shape[1])

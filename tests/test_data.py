@@ -481,7 +481,7 @@ def test_what_was_understood_is_said(tmp_path):
     said, path = [], tmp_path / "any"
     path.write_text(JSON + "\n" + '{"user_id":1,"asin":2,"rating":"x","timestamp":1}\n')
     assert len(read_ratings(path, skip_bad=True, notice=said.append)) == 1
-    columns = "user is user_id, item is asin, timestamp is timestamp, rating is rating"
+    columns = "user is user_id, item is asin, rating is rating, timestamp is timestamp"
     bad = f"left out: 1, the first is {path}, line 3: rating 'x' is not a finite number"
     assert said == [f"{path}: {columns}", bad, f"{path}: times in milliseconds"]
     said.clear()

@@ -1,5 +1,6 @@
 from functools import partial
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -299,3 +300,24 @@ def test_components_are_those_of_the_singular_value_decomposition():
     assert torch.allclose(places.abs(), expected.abs())
     assert torch.allclose(shares, s[:2] ** 2 / (s**2).sum())
     assert (places.max(0).values > -places.min(0).values).all()
+
+
+def test_unrated_rows_are_a_ridge_regression():
+    """Against numpy's solution; row 0 and 5 have no ratings, feature 0 is of rated rows alone."""
+    generator = torch.Generator().manual_seed(0)
+    rows, n_ratings = torch.randn(6, 3, generator=generator), torch.tensor([0, 2, 3, 1, 4, 0])
+    features = [[3], [0, 1], [1, 3], [0, 2], [1, 3], [1, 2]]
+    columns = torch.tensor([7, *(each for own in features for each in own)])  # of other rows before
+    starts = torch.tensor([0, *(len(own) for own in features)]).cumsum(0) + 1
+    values = torch.rand(len(columns), generator=generator)
+    full = numpy.zeros((6, 5))
+    for line, (start, own) in enumerate(zip(starts.tolist(), features, strict=False)):
+        full[line, own] = values[start : start + len(own)]
+    full[:, 0], full[:, 4] = 0, 1
+    weights = n_ratings.numpy()[:, None] / n_ratings[n_ratings > 0].double().mean().item()
+    mean = (weights * rows.numpy()).sum(0) / weights.sum()
+    gram = full.T @ (weights * full) + 0.5 * numpy.eye(5)
+    slopes = numpy.linalg.solve(gram, full.T @ (weights * (rows.numpy() - mean)))
+    found = model.regress_unrated(rows, (starts, columns, values), n_ratings, ridge=0.5)
+    assert torch.equal(found[1:5], rows[1:5])
+    assert numpy.allclose(found[[0, 5]], (mean + full @ slopes)[[0, 5]], atol=1e-5)
