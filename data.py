@@ -226,7 +226,7 @@ def _pip_download(requirement: str, timeout: float) -> bytes:
         raise OSError(_brief(errors[-1]))
 
 
-# Reading: a file or a frame -> its columns as they are, lazily -> those that are needed, typed.
+# Ratings: a file or a frame -> its columns as they are, lazily -> those that are needed, typed.
 
 USER = "user|reviewer|member|customer|person|account"
 ITEM = (
@@ -235,7 +235,7 @@ ITEM = (
 )
 KEY = "(id|key|no|num|number|idx|index|code)s?"
 WHEN = "(unix|utc|iso|review|rat(ing|ed)|creat(ed|ion)|updated?|added|submi(t|tted|ssion)|event)*"
-# How columns are called in a header, best first, once `_name_columns` has made names plain.
+# How columns are called in a header, best first, once `_plain` has made names so.
 NAMES = {
     "user": (f"({USER})s?{KEY}|uid", f"({USER})s?", f"({USER})s?name"),
     "item": (f"({ITEM})s?{KEY}|iid", f"({ITEM})s?", f"parent({ITEM})", f"({ITEM})s?(name|title)"),
@@ -259,7 +259,7 @@ FOREIGN = {
     r"(?i)(%.*\n|\s)*@relation": "ARFF: save what is below @data as CSV, with a header",
     "\ufffd[\x02-\x05]": "a pickle: load it where you trust it, and save the table as CSV",
     "MATLAB 5|\ufffdHDF": "of MATLAB or HDF5: save the ratings as CSV, user,item,rating",
-    "\ufffd\ufffd\x11|PK\x03\x04": "a workbook: save the sheet as CSV",
+    "\ufffd\ufffd\x11": "a workbook: save the sheet as CSV",
     "\ufffdNUMPY|SQLite format|FEA1\0": "of NumPy, SQLite or an old Feather: save the table as CSV",
     r"\s*\[\s*[\[{\n]": "a JSON array: write a record a line (in pandas lines=True)",
     r"\s*\{\s*'": "of Python's dicts, not JSON: write each by json.dumps on a line",
@@ -395,6 +395,9 @@ def scan_pairs(table: Name | object, **how) -> tuple[pl.LazyFrame, Callable[[int
     return pairs, partial(_locate, source)
 
 
+# Opening a file or a frame.
+
+
 def _scan(table: Name | object, kind: _Kind, how: _How) -> _Source:
     source = _open(table, RATINGS_FILES, kind, how)
     if source is None:
@@ -443,9 +446,10 @@ def _open(table: Name | object, names: Sequence[str], kind: _Kind, how: _How) ->
 
 def has_tables(table: Name | object) -> bool:
     """Whether it is a folder or a zip of several files, as of a MovieLens."""
-    if not isinstance(table, str | os.PathLike) or not Path(table).is_file():
-        return isinstance(table, str | os.PathLike) and Path(table).is_dir()
-    return zipfile.is_zipfile(table) and len(_list_members(zipfile.ZipFile(table))) > 1
+    with suppress(TypeError, zipfile.BadZipFile):
+        is_file = Path(table).is_file()  # no pipe, which is read once
+        return Path(table).is_dir() or (is_file and len(_list_members(zipfile.ZipFile(table))) > 1)
+    return False
 
 
 def _list_members(archive: zipfile.ZipFile) -> dict[str, str]:
@@ -512,6 +516,9 @@ def to_series(column: object) -> pl.Series:
     values = [None if value is None or str(value) in MISSING else value for value in values]
     is_list = any(isinstance(value, list | tuple | np.ndarray) for value in values)
     return pl.Series([v if v is None else list(v) if is_list else str(v) for v in values])
+
+
+# Finding the form of a text, and the columns.
 
 
 def _find_columns(source: _Source, kind: _Kind) -> _Source:
@@ -666,6 +673,9 @@ def _find_names(words: Sequence[str], kind: _Kind, names: list[str], places: dic
         places[missing[0]] = left[0]
 
 
+# Reading the columns.
+
+
 def _scan_lines(source: _Source, **options) -> pl.LazyFrame:
     options |= {"separator": "\n", "quote_char": None, "has_header": False, "glob": False}
     options |= {"raise_if_empty": False, "empty_string_is_null": False}
@@ -722,13 +732,11 @@ def _read_quoted(source: _Source) -> pl.LazyFrame:
             stop = base + reader.line_num
             if '"' in "".join(fields) and lines[start:stop].str.count_matches('"').sum() % 2:
                 raise csv.Error  # a quote in a field without quotes
-            values = (
-                [fields[place] for place in places] if len(fields) == len(form.fields) else None
-            )
         except csv.Error:
-            fields, values, stop, reader = None, None, start + 1, None
-        if start >= n_headers and (fields is None or "".join(fields).strip() or len(fields) > 1):
-            rows.append((start, *(values or [None] * len(places))))
+            fields, stop, reader = ["not blank"], start + 1, None
+        if start >= n_headers and (len(fields) > 1 or "".join(fields).strip()):
+            is_record = len(fields) == len(form.fields)
+            rows.append((start, *(fields[place] if is_record else None for place in places)))
         start = stop
     schema = {ROW: pl.Int64} | dict.fromkeys(source.places, pl.String)
     return pl.LazyFrame(rows, schema, orient="row")
@@ -797,7 +805,7 @@ def _explain(source: _Source, row: int, name: str, bounds: Range = ANY) -> str:
     where, value = _locate(source, row), values[name]
     del values[ROW]
     if source.form is not None and set(values.values()) == {None}:
-        _, separator, names, *_ = None, *source.form
+        separator, names, *_ = source.form
         if separator == "{":
             return f"{where}: no JSON object with {', '.join(source.places)}"
         line = _collect(source, _scan_lines(source).slice(row, 1)).item()
@@ -880,6 +888,9 @@ def _to_seconds(most: float) -> tuple[str, pl.Expr]:
 def _divide(time: pl.Expr, size: int) -> pl.Expr:
     """The quotient, whole where it is: polars may multiply by 1 / size."""
     return time // size + (time % size) / size
+
+
+# Tables of users and items.
 
 
 def read_users(table: Name | object, **how) -> Frame | None:
