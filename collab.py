@@ -852,7 +852,7 @@ def find_fingerprint(task: Task) -> str:
 # Answers
 
 
-def find_rows(trained: Model, name: str, raw, *, locate=None, allow_unknown=False) -> torch.Tensor:
+def find_rows(trained: Model, name: str, raw, *, locate=None, allow_unknown=None) -> torch.Tensor:
     """Rows of raw ids of users or items, `name` being user or item: int64 (N,).
 
     ValueError for an unknown id, after `locate` of its place, if given; with `allow_unknown`, it
@@ -863,12 +863,12 @@ def find_rows(trained: Model, name: str, raw, *, locate=None, allow_unknown=Fals
     if rows.null_count() and not allow_unknown:
         place = rows.is_null().arg_max()
         where = f"{locate(place)}: " if locate else ""
-        text = f"no {name} {str(raw[place])!r} in the model: --allow-unknown takes it as average"
-        raise ValueError(f"{where}{text}")
+        cure = "" if allow_unknown is None else ": --allow-unknown takes it as average"
+        raise ValueError(f"{where}no {name} {str(raw[place])!r} in the model{cure}")
     return rows.fill_null(len(raw_ids)).cast(pl.Int64).to_torch()
 
 
-def find_item(trained: Model, raw, *, allow_unknown: bool = False) -> int:
+def find_item(trained: Model, raw, *, allow_unknown: bool | None = None) -> int:
     """The row of an item, by its id or a part of its title that no other has.
 
     ValueError for what is neither, which with `allow_unknown` gets the row behind the last; for a
@@ -884,7 +884,8 @@ def find_item(trained: Model, raw, *, allow_unknown: bool = False) -> int:
         return len(trained.ids.items)
     if not rows:
         titled = " and in no title" * (bool(titles) and isinstance(raw, str))
-        raise ValueError(f"no item {str(raw)!r} in the model{titled}: --allow-unknown, or another")
+        cure = "" if allow_unknown is None else ": --allow-unknown takes it as average"
+        raise ValueError(f"no item {str(raw)!r} in the model{titled}{cure}")
     counts = trained.counts[1].tolist()
     rows.sort(key=lambda row: -counts[row])
     listed = ", ".join(f"{trained.ids.items[row]} {titles[row]!r}" for row in rows[:10])

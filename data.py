@@ -240,12 +240,16 @@ NAMES = {
     "user": (f"({USER})s?{KEY}|uid", f"({USER})s?", f"({USER})s?name"),
     "item": (f"({ITEM})s?{KEY}|iid", f"({ITEM})s?", f"parent({ITEM})", f"({ITEM})s?(name|title)"),
     "rating": ("(rating|score|star|label|value)s?|overall", ".*rating.*"),
-    "timestamp": (f"{WHEN}(timestamp|datetime|time|date)(s|ms|us|ns|utc)?", f"{WHEN}(at|on)"),
+    "timestamp": (
+        f"unix(review)?time|{WHEN}timestamp(s|ms|us|ns)?",
+        f"{WHEN}(datetime|time|date)(s|ms|us|ns|utc)?|{WHEN}(at|on)",
+    ),
     "title": (f"title|name|({ITEM})(title|name)",),
 }
 OPTIONS = {name: f"--{name}-column" for name in NAMES} | {"timestamp": "--time-column"}
-NUMBER = r"(?i)\s*[-+]?(\d+[.,]?\d*|\.\d+)(e[-+]?\d+)?\s*"
+NUMBER = r"(?i)\s*[-+]?(\d+([.,]\d*)?|[.,]\d+)(e[-+]?\d+)?\s*"
 MISSING = ("", "nan", "NaN", "NULL", "None", r"\N")
+NOT_THERE = (*MISSING, "<NA>", "NaT")  # of objects of Python
 # ISO 8601, with a blank for its T; then the day first. With - for / and .
 TIMES = ("%F", "%F %R", "%F %R%#z", "%F %T%.f", "%F %T%.f%#z")
 DAYS_FIRST = ("%d-%m-%Y", "%d-%m-%Y %R", "%d-%m-%Y %T%.f")
@@ -261,26 +265,26 @@ FOREIGN = {
     "MATLAB 5|\ufffdHDF": "of MATLAB or HDF5: save the ratings as CSV, user,item,rating",
     "\ufffd\ufffd\x11": "a workbook: save the sheet as CSV",
     "\ufffdNUMPY|SQLite format|FEA1\0": "of NumPy, SQLite or an old Feather: save the table as CSV",
-    r"\s*\[\s*[\[{\n]": "a JSON array: write a record a line (in pandas lines=True)",
+    r'\s*(\[\s*[\[{\n]|\{\s*\n|\{"[^"]*":\{"0")': "JSON, not a record a line",
     r"\s*\{\s*'": "of Python's dicts, not JSON: write each by json.dumps on a line",
     r"(?i)\s*<(!|\?|[a-z]+>)": "XML or HTML: save the table as CSV",
     r"[^\n]*\r[^\n]+\n\Z": r"with an old Mac's line ends: tr '\r' '\n' < OLD > NEW",
-    "\ufffd\ufffd": "not UTF-8 but perhaps UTF-16: --encoding utf-16",
+    "\ufffd\ufffd|[^\n]*\0": "no text, or UTF-16: save it as CSV, or --encoding utf-16",
 }
 
 
 class _Kind(NamedTuple):
     noun: str  # what a file has none of when it is empty
     needed: tuple[str, ...]  # columns
-    other: str | None  # column read if it is there
+    others: tuple[str, ...]  # columns read if they are there
     fields: tuple[str, ...]  # of a line without a header, the last ones at will; () for a table
 
 
-RATINGS = _Kind("ratings", ("user", "item", "rating"), "timestamp", tuple(NAMES)[:4])
-RATED = _Kind("ratings", ("item", "rating"), "timestamp", tuple(NAMES)[1:4])
-PAIRS = _Kind("pairs", ("user", "item"), "timestamp", tuple(NAMES)[:4])
-USERS = _Kind("users", ("user",), None, ())
-ITEMS = _Kind("items", ("item",), "title", ())
+RATINGS = _Kind("ratings", ("user", "item", "rating"), ("timestamp",), tuple(NAMES)[:4])
+RATED = _Kind("ratings", ("item", "rating"), ("timestamp", "user"), (*tuple(NAMES)[1:4], "user"))
+PAIRS = _Kind("pairs", ("user", "item"), ("timestamp",), tuple(NAMES)[:4])
+USERS = _Kind("users", ("user",), (), ())
+ITEMS = _Kind("items", ("item",), ("title",), ())
 
 
 class _Form(NamedTuple):
@@ -332,7 +336,7 @@ class _Source(NamedTuple):
     frame: pl.LazyFrame | None = None  # of what is no text
 
 
-ROW = "\n"  # a column of line numbers, from 0, called as no other is
+ROW = "\n\0"  # a column of line numbers, from 0, called as no other is
 
 
 def read_ratings(table: Name | object, *, rating_range: Range | None = None, **how) -> Frame:
@@ -363,8 +367,11 @@ def read_ratings(table: Name | object, *, rating_range: Range | None = None, **h
 
 
 def read_rated(table: Name | object, **how) -> Frame:
-    """The ratings of one user, as `read_ratings` of a table without the column user."""
-    return _read(_scan(table, RATED, _take(how)), RATED)
+    """The ratings of one user, as `read_ratings` of a table in which the column user may lack."""
+    rated = _read(source := _scan(table, RATED, _take(how)), RATED)
+    if "user" in rated.columns and (n_users := rated["user"].n_unique()) > 1:
+        raise ValueError(f"{source.label}: ratings of {n_users} users: give those of one")
+    return rated.drop("user", strict=False)
 
 
 def scan_pairs(table: Name | object, **how) -> tuple[pl.LazyFrame, Callable[[int], str]]:
@@ -384,9 +391,11 @@ def scan_pairs(table: Name | object, **how) -> tuple[pl.LazyFrame, Callable[[int
     texts = {name: chosen.pop(name).cast(pl.String) for name in PAIRS.needed}
     pairs = query.select(pl.col(ROW).cast(pl.Int64).alias("row"), **texts, **chosen)
     if any(map(n_nulls.get, (*texts, *chosen))):
-        wrong = pairs.filter(pl.any_horizontal(pl.all().is_null())).head(1)
-        row, *values = _collect(source, wrong).row(0)
-        raise ValueError(_explain(source, row, [*texts, *chosen][values.index(None)]))
+        is_wrong = pl.any_horizontal(pl.all().is_null())
+        wrong = _collect(source, pairs.filter(is_wrong))
+        name = next(name for name in (*texts, *chosen) if wrong[name][0] is None)
+        _refuse(source, len(wrong), _explain(source, wrong["row"][0], name))
+        pairs = pairs.filter(~is_wrong)
     most = _collect(source, pairs.select(pl.len(), *(pl.col(n).abs().max() for n in chosen))).row(0)
     if not most[0]:
         raise ValueError(f"{source.label}: no pairs")
@@ -413,7 +422,11 @@ def _open(table: Name | object, names: Sequence[str], kind: _Kind, how: _How) ->
     never becomes a path) and what polars can't read itself are read into memory.
     """
     if not isinstance(table, str | os.PathLike):
-        return _Source(f"the frame of {kind.noun}", "", how=how, frame=_to_lazy(table))
+        label = f"the frame of {kind.noun}"
+        try:
+            return _Source(label, "", how=how, frame=_to_lazy(table))
+        except Exception as error:  # of whatever library it is
+            raise ValueError(f"{label} cannot be read: {_brief(error)}") from None
     path = Path(table)
     label, name, content = str(path), path.name, None
     if path.is_dir():
@@ -421,8 +434,8 @@ def _open(table: Name | object, names: Sequence[str], kind: _Kind, how: _How) ->
         return path and _open(path, names, kind, how)
     if path.suffix == ".zip" or (path.is_file() and zipfile.is_zipfile(path)):
         with _naming(path), zipfile.ZipFile(path) as archive:
-            members = _list_members(archive)
-            alone = members if len(members) == 1 else ()
+            members = {PurePosixPath(each).name: each for each in _list_members(archive)}
+            alone = members if len(_list_members(archive)) == 1 else ()
             name = next((name for name in (*names, *alone) if name in members), None)
             if "workbook.xml" in members:
                 raise ValueError(f"{path}: it is a workbook: save the sheet as CSV")
@@ -452,10 +465,9 @@ def has_tables(table: Name | object) -> bool:
     return False
 
 
-def _list_members(archive: zipfile.ZipFile) -> dict[str, str]:
-    """The files in a zip by their last names, without those that macOS adds."""
-    names = (name for name in archive.namelist() if not re.search(r"/$|^__MACOSX/", name))
-    return {PurePosixPath(name).name: name for name in names}
+def _list_members(archive: zipfile.ZipFile) -> list[str]:
+    """The files in a zip, without those that macOS adds."""
+    return [name for name in archive.namelist() if not re.search(r"/$|^__MACOSX/", name)]
 
 
 def _unpack(source: _Source) -> _Source:
@@ -463,6 +475,9 @@ def _unpack(source: _Source) -> _Source:
     content, encoding = source.content, source.how.encoding
     with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
         start = file.read(512)
+        encoding = None if start[:4] in (b"PAR1", b"ARRO") else encoding
+        if encoding and start[:4] == b"\x28\xb5\x2f\xfd":
+            raise ValueError(f"{source.label}: zstd and --encoding do not go together: unpack it")
         methods = {b"BZh": bz2.open, b"\xfd7z": lzma.open, b"\x1f\x8b\x08": encoding and gzip.open}
         file.seek(0)
         if method := methods.get(start[:3]):
@@ -498,12 +513,12 @@ def _to_lazy(table: object) -> pl.LazyFrame:
     if isinstance(table, pl.DataFrame | pl.LazyFrame):
         return table.lazy()
     if hasattr(table, "items"):  # column by column: polars takes whole ones of pandas with pyarrow
-        return pl.LazyFrame({str(name): to_series(column) for name, column in table.items()})
-    if hasattr(table, "__arrow_c_stream__"):
-        return pl.DataFrame(table).lazy()
-    if hasattr(table, "__dataframe__"):
-        return pl.from_dataframe(table).lazy()
-    raise ValueError(f"{_brief(type(table))} is neither a path nor a frame or a dict of columns")
+        columns = [to_series(column).alias(str(name)) for name, column in table.items()]
+    elif hasattr(table, "__arrow_c_stream__"):
+        columns = pl.DataFrame(table)
+    else:
+        raise ValueError(f"{_brief(type(table))} is neither a path nor a frame or a dict")
+    return pl.LazyFrame(columns)
 
 
 def to_series(column: object) -> pl.Series:
@@ -511,9 +526,13 @@ def to_series(column: object) -> pl.Series:
     if isinstance(column, pl.Series):
         return column
     values = np.asarray(column)
+    if values.dtype.kind in "mM":
+        values = values.astype(f"{values.dtype.kind}8[us]")
     if values.dtype.kind not in "OU":
         return pl.Series(values)
-    values = [None if value is None or str(value) in MISSING else value for value in values]
+    values = [None if v is None or str(v) in NOT_THERE else v for v in values]
+    if any(isinstance(value, bytes | dict | set) for value in values):
+        raise ValueError("bytes, dicts and sets are no ids")
     is_list = any(isinstance(value, list | tuple | np.ndarray) for value in values)
     return pl.Series([v if v is None else list(v) if is_list else str(v) for v in values])
 
@@ -535,12 +554,15 @@ def _find_columns(source: _Source, kind: _Kind) -> _Source:
         places = _find_places(fields, kind, source.how.columns)
     except ValueError as error:
         raise ValueError(f"{source.label}: {error}") from None
-    for name in (name for name in (*kind.needed, kind.other) if name in places):
+    for name in [name for name in (*kind.needed, *kind.others) if name in places]:
         dtype = schema.dtypes()[places[name]]
         is_time = name == "timestamp" and dtype in (pl.Date, pl.Datetime)
-        if not (is_time or dtype.is_numeric() or dtype in TEXT):
+        if not (is_time or dtype.is_numeric() or dtype in (*TEXT, pl.Null)):
             why = f"{fields[places[name]]!r} for {name} is of type {dtype}, not numbers or text"
-            raise ValueError(f"{source.label}: {why}: {OPTIONS[name]} tells another")
+            if name != "timestamp" or name in source.how.columns:
+                raise ValueError(f"{source.label}: {why}: {OPTIONS[name]} tells another")
+            source.how.notice(f"times are left out: {source.label}: {why}")
+            del places[name]
     return _say(source, fields, places)._replace(frame=frame, places=places)
 
 
@@ -564,8 +586,8 @@ def _detect(source: _Source, kind: _Kind) -> tuple[_Form, dict[str, int]]:
     if not "".join(lines).strip():
         raise ValueError(f"{source.label}: no {kind.noun}")
     found, errors = [], [(0, "no tab, comma, ';', '|', '::' or blank between the columns")]
-    is_json, columns = re.match(r'\s*\{\s*"', lines[0]), source.how.columns
-    for separator in "{" if is_json else ("\t", "::", ",", ";", "|", " "):
+    is_json, columns = lines[0].lstrip()[:2] in ('{"', "{ "), source.how.columns
+    for separator in "{" if is_json else ("\t", "::", ";", ",", "|", " "):
         fields = _split(lines, separator)
         if len(fields) < 2 and not is_json:
             continue
@@ -596,7 +618,7 @@ def _split(lines: list[str], separator: str) -> list[str]:
     if separator == "{":
         fields = {}
         for line in lines:
-            with suppress(ValueError, TypeError):
+            with suppress(ValueError, TypeError, RecursionError):
                 fields |= json.loads(line)
     elif separator in "\t,;|":
         with suppress(csv.Error):  # a record may go on in the next lines
@@ -610,6 +632,8 @@ def _is_header(fields: list[str], kind: _Kind, columns: Columns) -> bool:
     known = "|".join(f"({pattern})" for patterns in NAMES.values() for pattern in patterns)
     n_known = sum(re.fullmatch(known, _plain(field)) is not None for field in fields)
     is_named = any(each in fields and (n_known > 1 or not each.isdecimal()) for each in given)
+    keys = f"{NAMES['user'][0]}|{NAMES['item'][0]}"  # which no id is like, as a word might be
+    is_named |= any(re.fullmatch(keys, _plain(field)) for field in fields)
     is_words = not any(re.fullmatch(NUMBER, field) for field in fields)
     may_be = "rating" in kind.needed or n_known > 0 or not all(map(str.isdecimal, given))
     return not kind.fields or is_named or (is_words and may_be)
@@ -628,30 +652,38 @@ def _find_places(
     Without a header `words` are the names that the fields have by their order. Of a table of one's
     own all other columns are read, too. ValueError if a needed one is not found.
     """
-    names, places = [*filter(None, kind.fields or (*kind.needed, kind.other))], {}
-    has, lower = _brief(", ".join(fields)), [field.strip().lower() for field in fields]
-    for name in (name for name in names if name in columns):
-        given = str(columns[name])
-        if given in fields:
-            places[name] = fields.index(given)
-        elif given.strip().lower() in lower:
-            places[name] = lower.index(given.strip().lower())
-        elif given.isdecimal() and 1 <= int(given) <= len(fields):
-            places[name] = int(given) - 1
-        elif kind.fields:  # a table may call its ids otherwise than the ratings do
-            ways = f"{OPTIONS[name]} takes a name or a number from 1"
-            raise ValueError(f"no column {given!r} among {has}: {ways}")
+    names, has = kind.fields or (*kind.needed, *kind.others), _brief(", ".join(fields))
+    places = {name: _find_given(fields, kind, name, columns) for name in names if name in columns}
+    places = {name: place for name, place in places.items() if place is not None}
+    if len(set(places.values())) < len(places):
+        raise ValueError(f"one column is told for two, {' and '.join(places)}")
     _find_names(fields if words is None else words, kind, names, places)
     if missing := [name for name in kind.needed if name not in places]:
         cure = " and ".join(OPTIONS[name] for name in missing)
         cure += ", or unpivot the table if each item has a column" * (len(missing) > 1)
         raise ValueError(f"no column for {', '.join(missing)} among {has}: tell it by {cure}")
-    places = {n: p for n, p in places.items() if n in (*kind.needed, kind.other)}
+    places = {n: p for n, p in places.items() if n in (*kind.needed, *kind.others)}
     taken = set(places.values())
     for place, field in enumerate(() if kind.fields else fields):
         if field and place not in taken:  # pandas' index has no name
             places[field if field not in places else f"{field}_{place}"] = place
     return places
+
+
+def _find_given(fields: Sequence[str], kind: _Kind, name: str, columns: Columns) -> int | None:
+    """The place of a column that is told by its name, in any case, or by its number from 1."""
+    given, lower = str(columns[name]).strip(), [field.strip().lower() for field in fields]
+    for same, text in (([field.strip() for field in fields], given), (lower, given.lower())):
+        if same.count(text) > 1:
+            raise ValueError(f"several columns are called {given!r}: tell it by its number")
+        if text in same:
+            return same.index(text)
+    if given.isdecimal() and 1 <= int(given) <= len(fields):
+        return int(given) - 1
+    if not kind.fields and name != "title":  # a table may call its ids otherwise than the ratings
+        return None
+    ways = f"{OPTIONS[name]} takes a name or a number from 1"
+    raise ValueError(f"no column {given!r} among {_brief(', '.join(fields))}: {ways}")
 
 
 def _find_names(words: Sequence[str], kind: _Kind, names: list[str], places: dict) -> None:
@@ -699,7 +731,8 @@ def _select(source: _Source, *, is_exact: bool = False) -> pl.LazyFrame:
     if is_exact:
         lines = lines.filter(line.str.strip_chars() != "")
     if form.separator == "{":
-        fields = [line.str.json_path_match(f"$[{json.dumps(field)}]") for field in form.fields]
+        keys = (json.dumps(field, ensure_ascii=False) for field in form.fields)
+        fields = [line.str.json_path_match(f"$[{key}]") for key in keys]
         columns = (fields[place].alias(name) for name, place in source.places.items())
         return lines.select(*rows, *columns)
     if form.separator == " ":
@@ -719,18 +752,19 @@ def _read_quoted(source: _Source) -> pl.LazyFrame:
 
     Below a line that is no record it begins anew.
     """
-    with _naming(source.label):
-        lines = _scan_lines(source, encoding="utf8-lossy").collect()["line"]
+    lines = _collect(source, _scan_lines(source))["line"].to_list()
     form, places = source.form, [*source.places.values()]
+    csv.field_size_limit(1 << 30)  # reviews can be long
     start, n_headers, reader, rows = 0, form.n_headers, None, []
     while start < len(lines):
         if reader is None:
-            base, texts = start, (f"{line}\n" for line in lines[start:])
+            base, texts = start, (f"{lines[place]}\n" for place in range(start, len(lines)))
             reader = csv.reader(texts, delimiter=form.separator, strict=True)
         try:
             fields = next(reader)
             stop = base + reader.line_num
-            if '"' in "".join(fields) and lines[start:stop].str.count_matches('"').sum() % 2:
+            n_quotes = sum(line.count('"') for line in lines[start:stop])
+            if n_quotes % 2 and '"' in "".join(fields):
                 raise csv.Error  # a quote in a field without quotes
         except csv.Error:
             fields, stop, reader = ["not blank"], start + 1, None
@@ -765,21 +799,24 @@ def _read(source: _Source, kind: _Kind, bounds: Range = ANY) -> Frame:
     if "timestamp" in casts and "timestamp" in frame.columns:
         times = frame["timestamp"]
         unit, seconds = _to_seconds(max(times.max(), -times.min()))
-        if unit != "seconds":
-            source.how.notice(f"{source.label}: times in {unit}")
         times = frame.select(seconds)["timestamp"]
         is_whole = times.dtype == pl.Float64 and (times == times.floor()).all()
         frame = frame.with_columns(times.cast(pl.Int64) if is_whole else times)
+        if source.name not in RATINGS_FILES:
+            ends = (
+                np.datetime64(int(end), "s").astype("M8[D]") for end in (times.min(), times.max())
+            )
+            source.how.notice("{}: times from {} to {}".format(source.label, *ends) + unit)
     return frame.drop(ROW, strict=False)
 
 
 def _leave_out(source: _Source, frame: Frame, names: list[str], bounds: Range) -> Frame:
-    """Without times that can't be read and, if `skip_bad`, wrong rows; ValueError for others."""
+    """Without times that can't be read, unless they are named, and, if `skip_bad`, wrong rows."""
     how, others = source.how, [name for name in names if name != "timestamp"]
     is_wrong = frame.select(pl.any_horizontal(pl.col(others).is_null())).to_series()
     if others != names and "timestamp" not in how.columns:
         is_untimed = frame["timestamp"].is_null() & ~is_wrong
-        if is_untimed.any() and (not how.skip_bad or is_untimed.sum() == (~is_wrong).sum()):
+        if is_untimed.any():
             why = _explain(source, frame[ROW][is_untimed.arg_max()], "timestamp")
             how.notice(f"times are left out: {why}")
             frame, names = frame.drop("timestamp"), others
@@ -787,10 +824,15 @@ def _leave_out(source: _Source, frame: Frame, names: list[str], bounds: Range) -
     if is_wrong.any():
         row = frame.row(is_wrong.arg_max(), named=True)
         why = _explain(source, row[ROW], next(n for n in names if row[n] is None), bounds)
-        if not how.skip_bad:
-            raise ValueError(f"{why}; --skip-bad leaves out what can't be read")
-        how.notice(f"left out: {is_wrong.sum():,}, the first is {why}")
+        _refuse(source, is_wrong.sum(), why)
     return frame.filter(~is_wrong)
+
+
+def _refuse(source: _Source, n_wrong: int, why: str) -> None:
+    """ValueError says why a row can't be read; with `skip_bad` a notice does."""
+    if not source.how.skip_bad:
+        raise ValueError(f"{why}; --skip-bad leaves out what can't be read")
+    source.how.notice(f"left out: {n_wrong:,}, the first is {why}")
 
 
 def _locate(source: _Source, row: int) -> str:
@@ -844,10 +886,10 @@ def _list_casts(source: _Source, kind: _Kind, bounds: Range = ANY) -> dict[str, 
 
 
 def _cast(name: str, dtype: pl.DataType, bounds: Range, is_comma: bool) -> list[pl.Expr]:
-    column = pl.col(name)
-    text = column.cast(pl.String)
-    bare = text.str.strip_chars()
-    if name in ("user", "item") and dtype not in TEXT and not dtype.is_integer():
+    is_text = dtype in (*TEXT, pl.Null)
+    text = pl.col(name).cast(pl.String)
+    column, bare = text if is_text else pl.col(name), text.str.strip_chars()
+    if name in ("user", "item") and not is_text and not dtype.is_integer():
         return [pl.when(column.floor() == column).then(column.cast(pl.Int64, strict=False))]
     if name in ("user", "item"):
         number = text.cast(pl.Int64, strict=False)  # which takes 007 and +1, too
@@ -856,21 +898,25 @@ def _cast(name: str, dtype: pl.DataType, bounds: Range, is_comma: bool) -> list[
         return [
             pl.when((text >= "1") | (text == "0")).then(number),
             pl.when(whole.cast(pl.String) == digits).then(whole),
-            pl.when(~text.is_in(MISSING)).then(text),
+            pl.when(~bare.is_in(MISSING)).then(text),
         ]
     if name == "rating":
         point = bare.str.replace(",", ".", literal=True) if is_comma else bare
         numbers = [c.cast(pl.Float32, strict=False) for c in (column, point)]
-        numbers = numbers if dtype in TEXT else numbers[:1]
+        numbers = numbers if is_text else numbers[:1]
         return [pl.when(number.is_between(*bounds)).then(number) for number in numbers]
     if dtype in (pl.Date, pl.Datetime):
         return [_divide(column.dt.epoch("us"), 10**6)]
-    if dtype not in TEXT:
+    if not is_text:
         number = column.cast(pl.Int64 if dtype.is_integer() else pl.Float64, strict=False)
         return [pl.when(number.abs() < 2.0**63).then(number)]
     number = bare.cast(pl.Float64, strict=False)
     iso = bare.str.replace(r"^(\d+)[/.](\d+)[/.](\d+)", "$1-$2-$3")
-    iso = iso.str.replace("[Tt]", " ").str.replace("[Zz]$", "+00:00")
+    iso = (
+        iso.str.extract(r"^((?:\d{4}-|\d\d?-\d\d?-\d{4}).*)")
+        .str.replace("[Tt]", " ")
+        .str.replace("[Zz]$", "+00:00")
+    )
     casts = [column.cast(pl.Int64, strict=False), pl.when(number.abs() < 2.0**63).then(number)]
     for forms in (TIMES, DAYS_FIRST):
         times = (iso.str.to_datetime(form, strict=False, time_unit="us") for form in forms)
@@ -879,10 +925,10 @@ def _cast(name: str, dtype: pl.DataType, bounds: Range, is_comma: bool) -> list[
 
 
 def _to_seconds(most: float) -> tuple[str, pl.Expr]:
-    """The unit of times of which the latest is `most`, and how they become seconds."""
+    """The unit of times of which the latest is `most`, in words, and how they become seconds."""
     unit = next((unit for unit, size in UNITS.items() if most < LATEST * size), "nanoseconds")
     time = pl.col("timestamp")
-    return unit, time if unit == "seconds" else _divide(time, UNITS[unit])
+    return ("", time) if unit == "seconds" else (f", from {unit}", _divide(time, UNITS[unit]))
 
 
 def _divide(time: pl.Expr, size: int) -> pl.Expr:
@@ -979,9 +1025,11 @@ def _to_side(source: _Source, name: str, column: pl.Series) -> pl.Series:
     if dtype not in (*TEXT, pl.Boolean, pl.Null):
         raise ValueError(f"{source.label}: the column {name!r} is of type {dtype}")
     text = column.cast(pl.String)
-    text = text.set(text == "", None)
+    text = text.set(text.is_in([""] if name == "title" else MISSING), None)
     if name == "title":
         return text
+    if source.form is not None and source.form.separator == "{" and text.str.starts_with("[").all():
+        return text.str.json_decode(pl.List(pl.String))
     if source.form is not None:
         for number in (pl.Int64, pl.Float64):
             numbers = text.str.strip_chars().cast(number, strict=False)

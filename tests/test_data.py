@@ -138,7 +138,7 @@ WRITERS = {
 LETTERS = st.sampled_from(',;|\t"\n\n\n\r :aAé0') | st.characters(exclude_categories=["Cs", "Cc"])
 NUMBERS = st.integers(-(2**63), 2**63) | st.integers(0, 200)
 IDS = (st.text(letters, min_size=1, max_size=5) for letters in (LETTERS, "00112 +-._"))
-TEXTS = [texts.filter(lambda text: text not in data.MISSING) for texts in IDS]
+TEXTS = [texts.filter(lambda text: text.strip() not in data.MISSING) for texts in IDS]
 ANY_IDS = st.sampled_from([NUMBERS.map(str), *TEXTS])
 PAIRS = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1)
 ID_NAMES = st.sampled_from([lambda n: n, lambda n: n * 10**9, "é{}".format])
@@ -363,7 +363,13 @@ HAVE = [
     ("user,item,rating,time_spent,timezone\n1,2,3,x,y\n", [(1, 2, 3)], {}),
     ("user,item,rating,date\n1,2,3,01/31/2020\n", [(1, 2, 3)], {}),
     ("user,item,rating,date\n1,2,3,\n4,5,6,9\n", [(1, 2, 3), (4, 5, 6)], {}),
-    ("user,item,rating,date\n1,2,3,\n4,5,6,9\n", [(4, 5, 6, 9)], {"skip_bad": True}),
+    ("user,item,rating,date\n1,2,3,\n4,5,6,9\n", [(1, 2, 3), (4, 5, 6)], {"skip_bad": True}),
+    ("user,item,rating,date\n1,2,3,\n4,5,6,9\n", [(4, 5, 6, 9)],
+     {"skip_bad": True, "columns": {"timestamp": "date"}}),
+    ("user, item, rating\n1, 2, 3\n4, NULL, 5\n5, , 5\n", [(1, 2, 3)], {"skip_bad": True}),
+    ("user,item,rating,date,timestamp\n1,2,3,noon,9\n", [(1, 2, 3, 9)], {}),
+    (f'1,"{"x" * 200_000}",3\n', [(1, "x" * 200_000, 3)], {}),
+    ('{"ué":1,"item":2,"rating":3}\n', [(1, 2, 3)], {"columns": {"user": "ué"}}),
     ("user,item,rating\nnan,7,5\n2,NULL,3\n3,8,None\n\\N,7,2\n2,7,4\n", [(2, 7, 4)],
      {"skip_bad": True}),
     ("user,item,rating\n1,2\n1,2,3,4\n1,2,x\n,2,3\n5,6,7\n", [(5, 6, 7)], {"skip_bad": True}),
@@ -434,7 +440,8 @@ BAD = [
     ('user,item,rating,text\n1,2,3,"a \\"b\\", c"\n', "line 2: quote"),
     ("user,item,rating,text\n1,2,3,ok\n1,2,3,a \"b\n", "line 3: quote doubled"),
     ("user,item,rating\r1,2,3\r", "old Mac tr"), ("1:\n1488844,3,2005-09-06\n", "Netflix colon"),
-    ("% a\n@RELATION r\n@data\n1,2,3\n", "ARFF @data CSV"), ("[{\"user\":1}]\n", "JSON array line"),
+    ("% a\n@RELATION r\n@data\n1,2,3\n", "ARFF @data CSV"),
+    ("[{\"user\":1}]\n", "JSON record line"),
     ("{'user': 1, 'item': 2}\n", "Python json.dumps"), ("<!DOCTYPE html>\n", "HTML CSV"),
     (pickle.dumps([1]), "pickle CSV"), (b"MATLAB 5.0 MAT-file\0\0", "MATLAB CSV"),
     (b"\x89HDF\r\n\x1a\n", "HDF5 CSV"), (zipped({"xl/workbook.xml": b""}), "workbook CSV"),
@@ -445,6 +452,13 @@ BAD = [
     ({"user": [1], "item": [2], "rating": ["x"]}, "the frame of ratings, row 1: rating 'x' finite"),
     ({"user": [1.5], "item": [2], "rating": [3]}, "row 1: user 1.5 integer"),
     ({"user": [[1]], "item": [2], "rating": [3]}, "'user' type --user-column"),
+    ({"user": [b"1"], "item": [2], "rating": [3]}, "Binary --user-column"),
+    ({"user": [1], "item": [2, 3]}, "frame"),
+    ([], "frame dict"), (polars.DataFrame({"user": [], "item": [], "rating": []}), "no ratings"),
+    ("user_id,1,2\n1,5,3\n", "line 1: item, rating among user_id, 1, 2 unpivot"),
+    (zipped({"a/x.csv": b"1,2,3\n", "b/x.csv": b"1,2,3\n"}), "ratings.csv path"),
+    ("1,2,3\0\n", "text CSV"), ('{"user":{"0":1},"item":{"0":2}}\n', "JSON record line"),
+    ("user,item,rating\n" + "7," * 20_000 + "x\n", "line 2: fields: 20001, not 3"),
     ({"user": [1], "item": [2], "stars": [3], "score": [4]}, "several columns stars, score"),
     ({"a": [1], "b": [2]}, "user, item, rating --user-column"), (7, "int path frame dict"),
 ]  # fmt: skip
@@ -483,7 +497,8 @@ def test_what_was_understood_is_said(tmp_path):
     assert len(read_ratings(path, skip_bad=True, notice=said.append)) == 1
     columns = "user is user_id, item is asin, rating is rating, timestamp is timestamp"
     bad = f"left out: 1, the first is {path}, line 3: rating 'x' is not a finite number"
-    assert said == [f"{path}: {columns}", bad, f"{path}: times in milliseconds"]
+    times = "times from 2020-09-13 to 2020-09-13, from milliseconds"
+    assert said == [f"{path}: {columns}", bad, f"{path}: {times}"]
     said.clear()
     path.write_text("user,item,rating,date\n1,2,3,01/31/2020\n")
     read_ratings(path, notice=said.append)
