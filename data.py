@@ -332,8 +332,9 @@ class _Source(NamedTuple):
     start: bytes = b""  # the first of it
     how: _How = _How()
     form: _Form | None = None  # of a text
-    places: Mapping[str, int] = MappingProxyType({})  # of the columns to be read, among the fields
+    places: Mapping[str, int] = MappingProxyType({})  # of columns among the fields; a needed first
     frame: pl.LazyFrame | None = None  # of what is no text
+    head: pl.LazyFrame | None = None  # the first lines of a text
 
 
 ROW = "\n\0"  # a column of line numbers, from 0, called as no other is
@@ -544,8 +545,11 @@ def _find_columns(source: _Source, kind: _Kind) -> _Source:
     """The source with its form, and the places among its fields of the columns to be read."""
     scan = {b"PAR1": pl.scan_parquet, b"ARRO": pl.scan_ipc}.get(source.start[:4])
     if source.frame is None and scan is None:
-        form, places = _detect(source, kind)
-        return _say(source, form.fields, places)._replace(form=form, places=places)
+        with _naming(source.label):
+            head = _scan_lines(source, encoding="utf8-lossy").head(100).collect()
+        form, places = _detect(source, kind, head["line"])
+        source = _say(source, form.fields, places)
+        return source._replace(form=form, places=places, head=head.lazy())
     with _naming(source.label):
         frame = scan(source.content, glob=False, hive_partitioning=False) if scan else source.frame
         schema = frame.collect_schema()
@@ -575,10 +579,8 @@ def _say(source: _Source, fields: Sequence[str], places: Mapping[str, int]) -> _
     return source
 
 
-def _detect(source: _Source, kind: _Kind) -> tuple[_Form, dict[str, int]]:
-    """The form of a text and the places of its columns, by its first lines, up to 100."""
-    with _naming(source.label):
-        head = _scan_lines(source, encoding="utf8-lossy").head(100).collect()["line"]
+def _detect(source: _Source, kind: _Kind, head: pl.Series) -> tuple[_Form, dict[str, int]]:
+    """The form of a text and the places of its columns, by its first lines."""
     n_blank = (head.str.strip_chars() != "").arg_max() or 0
     lines = [f"{line}\n" for line in head[n_blank:]]
     for what in (what for begin, what in FOREIGN.items() if re.match(begin, "".join(lines))):
@@ -714,17 +716,20 @@ def _scan_lines(source: _Source, **options) -> pl.LazyFrame:
     return pl.scan_csv(source.content, schema={"line": pl.String}, **options)
 
 
-def _select(source: _Source, *, is_exact: bool = False) -> pl.LazyFrame:
-    """The columns to be read: of a text strings, all null where a line is no record.
+def _select(source: _Source, *, is_exact: bool = False, is_sample: bool = False) -> pl.LazyFrame:
+    """The columns to be read: of a text strings, the first one null where a line is no record.
 
     Exact, quotes are minded, blank lines are left out, and column `ROW` has the line, from 0.
     """
     form, rows, line = source.form, [ROW] * is_exact, pl.col("line")
     if form is None:
         columns = (pl.nth(place + 1).alias(name) for name, place in source.places.items())
-        return source.frame.with_row_index(ROW).select(*rows, *columns)
+        frame = source.frame.head(1000) if is_sample else source.frame
+        return frame.with_row_index(ROW).select(*rows, *columns)
     lines, n = _scan_lines(source, skip_rows=form.n_headers), len(form.fields)
-    lines = lines.with_row_index(ROW, offset=form.n_headers)
+    if is_sample and source.head is not None:
+        lines = source.head.slice(form.n_headers)
+    lines = lines.with_row_index(ROW, form.n_headers) if is_exact else lines
     has_quote = line.str.contains('"', literal=True)
     if is_exact and form.has_quotes and _collect(source, lines.select(has_quote.any())).item():
         return _read_quoted(source)
@@ -742,9 +747,10 @@ def _select(source: _Source, *, is_exact: bool = False) -> pl.LazyFrame:
     is_record = pl.col(names[n - 1]).is_not_null() & pl.col(names[n]).is_null()
     if form.has_quotes:
         is_record &= ~has_quote
-    columns = (pl.col(names[place]).alias(name) for name, place in source.places.items())
-    record = (pl.when(is_record).then(column) for column in columns)
-    return lines.select(ROW, "line", fields).select(*rows, *record)
+    first, *columns = (pl.col(names[place]).alias(name) for name, place in source.places.items())
+    return lines.select(*rows, "line", fields).select(
+        *rows, pl.when(is_record).then(first), *columns
+    )
 
 
 def _read_quoted(source: _Source) -> pl.LazyFrame:
@@ -787,7 +793,8 @@ def _read(source: _Source, kind: _Kind, bounds: Range = ANY) -> Frame:
     others = pl.exclude([*casts, ROW])
     for is_exact in (False, True):  # by a sample, which is mostly enough; then by all
         query = _select(source, is_exact=is_exact)
-        chosen, _ = _choose(source, casts, query if is_exact else query.head(1000))
+        sample = query if is_exact else _select(source, is_sample=True)
+        chosen, _ = _choose(source, casts, sample)
         rows = [ROW] * is_exact
         frame = _collect(source, query.select(*rows, *chosen.values(), others))
         if not any(frame[name].null_count() for name in casts):
@@ -845,11 +852,10 @@ def _explain(source: _Source, row: int, name: str, bounds: Range = ANY) -> str:
     query = _select(source, is_exact=True).filter(pl.col(ROW) == row)
     values = _collect(source, query).row(0, named=True)
     where, value = _locate(source, row), values[name]
-    del values[ROW]
-    if source.form is not None and set(values.values()) == {None}:
-        separator, names, *_ = source.form
-        if separator == "{":
-            return f"{where}: no JSON object with {', '.join(source.places)}"
+    separator, names, *_ = source.form or ("", ())
+    if separator == "{" and not any(values[name] for name in source.places):
+        return f"{where}: no JSON object with {', '.join(source.places)}"
+    if separator not in ("", "{") and values[next(iter(source.places))] is None:
         line = _collect(source, _scan_lines(source).slice(row, 1)).item()
         n_fields = len(_split([line], separator))
         if '\\"' in line:
