@@ -363,10 +363,10 @@ def choose_features(source: Source, kinds: tuple, given: dict, notice=lambda lin
     """Those of `kinds` that the source has. Another is a ValueError if the user has given it."""
     lacks = {}
     if source.users is None and source.items is None:
-        lacks["side"] = "tables of users or items"
+        lacks["side"] = "tables of users or items: give --users or --items"
     frames = [frame for frame in (source.ratings, source.test) if frame is not None]
     if any("timestamp" not in frame.columns for frame in frames):
-        lacks["time"] = "timestamps"
+        lacks["time"] = "timestamps: tell their column by --time-column"
     for kind in (kind for kind in kinds if kind in lacks):
         if given.get("features") is not None:
             raise ValueError(f"the feature {kind}: the data has no {lacks[kind]}")

@@ -1117,7 +1117,8 @@ def split(ratings: Frame, name: str, *, seed: int = 0) -> tuple[Frame, Frame]:
         return hold_out(ratings, 0.1, seed=seed)
     elif last := re.fullmatch(r"last([1-9]\d{0,8})", name):
         if "timestamp" not in ratings.columns:
-            raise ValueError(f"the split {name} needs timestamps, and the ratings have none")
+            cure = "tell their column by --time-column"
+            raise ValueError(f"the split {name} needs timestamps, and there are none: {cure}")
         n_later = pl.len() - pl.col("timestamp").rank("ordinal")
         is_first = n_later == pl.len() - 1
         is_test = ((n_later < int(last[1])) & ~is_first).over("user")

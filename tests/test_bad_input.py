@@ -172,7 +172,7 @@ fit; --speed; --split u9; --ratings x --dataset ml-1m; --recipe sota; --dataset 
 --y-range 0 nan; --y-range 5; --rating-range 1 nan; --rating-range -1e308 1e308
 --features id,age; --features id,id; --loss huber; --recipe best --y-range 0 6
 --test r.csv --split u1; train --time-column x; --test r.csv --holdout 0.5
-train --resume k.pt --checkpoint c.pt --save k.pt; train --resume k.pt --epochs 9
+train r.csv; train --resume k.pt --checkpoint c.pt --save k.pt; train --resume k.pt --epochs 9
 train --resume k.pt --seed 0; train --resume k.pt --save k.pt
 cross-validate --splits ua --folds 1; lr-find --plot x.gif; lr-find --epochs 2
 evaluate m.pt --user-column x; predict m.pt --user 5; predict m.pt --pairs p.csv

@@ -259,6 +259,22 @@ def test_a_stream_that_is_closed_is_no_failure(tmp_path, small, end):
     assert collab.load_model(tmp_path / "m.pt")
 
 
+def test_a_terminal_of_another_encoding_is_no_failure(tmp_path, start):
+    """What cp1252 lacks is escaped; JSON is ASCII."""
+    title = polars.format("片 Film {}", "item")
+    frame = polars.DataFrame(
+        {"user": [1, 1, 2, 2] * 9, "item": [*range(36)], "rating": [1, 2] * 18}
+    )
+    items = frame.select("item", title=title)
+    trained = collab.train_model(collab.prepare(collab.read(frame, items=items), epochs=1))
+    collab.save_model(tmp_path / "m.pt", trained)
+    recommend = ("recommend", "m.pt", "--user", 1, "-n", 1)
+    out, errors = start(*recommend, PYTHONIOENCODING="cp1252:strict").communicate()
+    assert "\\u7247 Film" in out, errors
+    out, _ = start(*recommend, "--json", PYTHONIOENCODING="ascii").communicate()
+    assert json.loads(out)["items"][0]["title"].startswith("片 Film ")
+
+
 @pytest.mark.parametrize(("name", "flags"), [(b"r.csv", FLAGS), (b"r.parquet", ())])
 def test_a_file_of_any_name(tmp_path, small, start, name, flags):
     """A name that is no UTF-8: the model is saved, loaded, and told of."""
