@@ -90,7 +90,7 @@ FILES |= {
     "cut.gz": gzip.compress(table().encode())[:90],
     "broken.gz": gzip.compress(table().encode())[:-4] + b"1234",
     "bool.pq": parquet(user=[True, False] * 12),
-    "text.pq": parquet(rating=["1", "2"] * 12),
+    "text.pq": parquet(rating=["a", "2"] * 12),
     "null.pq": parquet(user=[1, 2, None] * 8),
     "unrated.pq": parquet(rating=[1.0, None] * 12),
     "nan.pq": parquet(rating=[1.0, float("nan")] * 12),
@@ -120,12 +120,12 @@ REFUSED = r"""
 --ratings many.csv | 56 4 3; --ratings unrated.csv | 56 missing rating; --ratings nan.pq | 2 nan
 --ratings noone.csv | 56 missing user; --ratings quote.csv | 56 quote; --ratings broken.gz | read
 --ratings utf16.csv | UTF-16; --ratings latin.csv | UTF-8; --ratings bool.pq | user Boolean
---ratings text.pq | rating String; --ratings null.pq | 3 missing user; --ratings cut.pq | read
+--ratings text.pq | 1 rating 'a'; --ratings null.pq | 3 missing user; --ratings cut.pq | read
 --ratings unrated.pq | 2 missing rating; --ratings start.pq | read; --ratings d.d | ratings.csv
 --ratings m.pt | ratings.csv; --ratings x.csv | No such file; --ratings /proc/self/mem |
 --ratings one.csv --seed 1 | 1; --ratings two.csv --seed 1 | 2; --ratings equal.csv | 3
---user-column kunde | r.csv 1 kunde user; --user-column u --ratings bare.csv | 1 header u
---ratings noon.csv | 2 noon; --split u1 | u1 54; --split last10 | last10 timestamps
+--user-column kunde | r.csv 1 kunde user; --user-column u --ratings bare.csv | 1 'u' --user-column
+--time-column time --ratings noon.csv | 2 noon; --split u1 | u1 54; --split last10 | last10 timestamps
 --features id,time | time timestamps; --features side | side tables
 --y-range 0 4.5 | 1 5 --y-range; --test x.csv | No such file; --test r.csv --seed 1 | 54 User
 --ratings binary.csv --recipe best --loss ordinal | --loss ordinal; --test no.csv | no ratings
@@ -155,7 +155,7 @@ predict m.pt --pairs known.csv --output x/o.csv | written; plot --output x.png t
 predict m.pt --pairs known.csv --output full.csv | written; plot --output x.png empty.json |
 recommend m.pt --all-users --output full.parquet | written; plot --output x.png m.json nan.json |
 recommend m.pt --rated it1:nan | nan it1; recommend m.pt --rated it1:3,nope:3 | nope
-recommend m.pt --rated no.csv | no ratings; recommend m.pt --rated titles.csv | 1 rating
+recommend m.pt --rated no.csv | no ratings; recommend m.pt --rated titles.csv | 2 rating
 recommend m.pt --rated film.csv | item Film; plot --output x.png x.json | No such file
 plot --output x.svg word.json |; plot --output x.svg huge.json |; plot --output x.svg none.json |
 map m.pt --output x/x.svg | written; map m.pt --output full.svg | written
@@ -188,7 +188,7 @@ recommend m.pt --rated it1:3,it2:3,it3:3,it4:3,it5:3,it6:3,it7:3,it8:3; train --
 plot 'two\nlines.json' '$\frac{$.json' _x.json --output o.svg"""
 NOTICES = (
     "ml-100k: from the cache |[0-9,]+ users, |without |this is worse |8 of 10 |loss mse, |rated|"
-    ".*: times from "
+    ".*: (times from|user is|item is) "
 )
 
 
@@ -215,9 +215,9 @@ def folder(tmp_path_factory):
         (folder / name).symlink_to("/dev/full")
     for name, content in FILES.items():
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    train = ("train", "--epochs", 1, "--items", "i.csv", "--ratings")
+    train = ("train", "--epochs", 1, "--ratings")
     results = ("--save", "m.pt", "--metrics", "m.json", "--checkpoint", "k.pt")
-    assert call(folder, *train, "r.csv", *results).returncode == 0
+    assert call(folder, *train, "r.csv", "--items", "i.csv", *results).returncode == 0
     assert call(folder, *train, "n.csv", "--save", "n.pt").returncode == 0
     for name, source in (("cut.pt", "m.pt"), ("half.pt", "k.pt")):
         (folder / name).write_bytes((folder / source).read_bytes()[:4000])
