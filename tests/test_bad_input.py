@@ -125,7 +125,8 @@ REFUSED = r"""
 --ratings m.pt | ratings.csv; --ratings x.csv | No such file; --ratings /proc/self/mem |
 --ratings one.csv --seed 1 | 1; --ratings two.csv --seed 1 | 2; --ratings equal.csv | 3
 --user-column kunde | r.csv 1 kunde user; --user-column u --ratings bare.csv | 1 'u' --user-column
---time-column time --ratings noon.csv | 2 noon; --split u1 | u1 54; --split last10 | last10 timestamps
+--time-column time --ratings noon.csv | 2 noon; --split u1 | u1 54
+--split last10 | last10 timestamps
 --features id,time | time timestamps; --features side | side tables
 --y-range 0 4.5 | 1 5 --y-range; --test x.csv | No such file; --test r.csv --seed 1 | 54 User
 --ratings binary.csv --recipe best --loss ordinal | --loss ordinal; --test no.csv | no ratings
