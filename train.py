@@ -302,6 +302,7 @@ def rank(lists: pl.DataFrame, relevant: pl.DataFrame, *, k: int) -> dict[str, fl
     their sum,
 
         precision = hits / k,  recall = hits / |R|,  hit_rate = 1 if hits > 0 else 0
+        mrr = 1 / the first place p of rel_p = 1, or 0
         ndcg = sum of rel_p / log2(p + 1) over p <= k / sum of 1 / log2(p + 1) over p <= min(k, |R|)
 
     and n_users is the number of users that have relevant items, whom the means are over.
@@ -312,7 +313,8 @@ def rank(lists: pl.DataFrame, relevant: pl.DataFrame, *, k: int) -> dict[str, fl
     gain = (1 / (pl.col("rank") + 1).log(2)).sum()
     hits = lists.join(relevant, ["user", "item"], "semi").group_by("user")
     users = relevant.group_by("user").agg(n=pl.len())
-    users = users.join(hits.agg(hits=pl.len(), gain=gain), "user", "left").sort("user")
+    found = hits.agg(hits=pl.len(), gain=gain, mrr=1 / pl.col("rank").min())
+    users = users.join(found, "user", "left").sort("user")
     ideal = pl.select(1 / (pl.int_range(2, k + 2) + 0.0).log(2).alias("x")).to_series()
     places = pl.col("n").clip(1, k) - 1
     figures = users.fill_null(0).select(
@@ -320,5 +322,6 @@ def rank(lists: pl.DataFrame, relevant: pl.DataFrame, *, k: int) -> dict[str, fl
         recall=pl.col("hits") / pl.col("n"),
         ndcg=pl.col("gain") / pl.lit(ideal.cum_sum()).gather(places),
         hit_rate=(pl.col("hits") > 0).cast(pl.Float64),
+        mrr="mrr",
     )
     return {**figures.mean().row(0, named=True), "n_users": len(users)}
