@@ -6,7 +6,7 @@ and the commands, which read their options, call these and print.
 >>> import collab
 >>> trained = collab.train_model(collab.prepare(collab.read()))  # MovieLens 100K
 >>> collab.recommend(trained, 196, n=1)["title"].to_list()
-['Casablanca (1942)']
+['When Harry Met Sally... (1989)']
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ MOST_LEVELS = 100  # distinct ratings that loss ordinal takes; it has a bias for
 PRIOR_WIDTH = 4.0  # of a new user's row, by `tests/tools/fold_in.py --validate`
 FEW = 30  # ratings of an item that count for half in `find_similar`
 LARGEST = 3e38  # of float32's numbers
+N_TASTES = 20  # factors of a list, and
 RATING_WEIGHT = 0.4  # of the predicted rating in a list, chosen on validation parts of ml-100k
 SCORES_AT_ONCE = 1 << 24  # predictions held in memory when all items are ranked
 
@@ -650,7 +651,7 @@ def make_model(task: Task, tables: list[torch.Tensor], rows: list[dict]) -> Mode
         order = torch.argsort(users, stable=True)
         columns = [column[order] for column in columns]
     shape = {"n_users": len(user_ids), "n_items": len(item_ids)}
-    tastes = model.find_tastes(*columns[:2], **shape)
+    tastes = model.find_tastes(*columns[:2], **shape, n_factors=N_TASTES)
     every = torch.stack(tables), *task.seen, *columns[:2], tastes
     tensors = dict(zip(find_forms("model"), every, strict=True))
     if task.features is not None:
@@ -705,6 +706,7 @@ def check(kind: str, about: dict, tensors: dict) -> None:
     sizes |= {"P": count_lines(options, ids), "Q": make_head(*about["head"]).n_outputs}
     kinds = set(options["features"])
     sizes |= {"R": sizes["P"]} if kinds == {"id"} else {}
+    sizes["L"] = min(N_TASTES, sizes["U"], sizes["I"])
     files = {"model": True, "test": about["figures"]["n_test"] > 0, "features": kinds != {"id"}}
     files |= {"time": "time" in kinds, "context": files["test"] and "time" in kinds}
     check_tensors(tensors, find_forms(*(file for file in files if files[file])), sizes)
@@ -767,8 +769,10 @@ def check_tensors(tensors: dict, forms: dict, sizes: dict) -> None:
         tensor = tensors[name]
         if bound is not None and not 0 <= tensor.min() <= tensor.max() < sizes[bound]:
             raise ValueError(f"{name} has one that there is not")
-        if name in ("train_users", "test_users", "feature_rows") and (tensor[1:] <
-        tensor[:-1]).any():
+        if (
+            name in ("train_users", "test_users", "feature_rows")
+            and (tensor[1:] < tensor[:-1]).any()
+        ):
             raise ValueError(f"{name} is not in order")
         if dtype == "float32" and not tensor.isfinite().all():
             raise ValueError(f"{name} is not finite")
@@ -1083,10 +1087,10 @@ def list_rows(trained: Model, users, *, hidden: tuple, **about) -> pl.DataFrame:
     n_outputs = make_head(*trained.head).n_outputs if about["by"] == "rating" else 1
     block, lists = SCORES_AT_ONCE // len(trained.ids.items) // n_outputs, []
     for rows in users.split(max(block, 1)):
-        parts = {part: find_rated(trained, rows, part) for part in {"train", *hidden}} left_out =
-        [torch.cat([rows[:0], *own]) for own in zip(*map(parts.get, hidden), strict=True)] left_out
-        = left_out or [rows[:0]] * len(rows) lists.append(list_top(trained, trained.members, rows,
-        parts["train"], left_out, **about))
+        parts = {part: find_rated(trained, rows, part) for part in {"train", *hidden}}
+        left_out = [torch.cat(own) for own in zip(*(parts[part] for part in hidden), strict=True)]
+        left_out = left_out or [rows[:0]] * len(rows)
+        lists.append(list_top(trained, trained.members, rows, parts["train"], left_out, **about))
     return pl.concat(lists)
 
 
@@ -1896,7 +1900,7 @@ def predict_one(trained: Model, user: str, item: str, *, allow_unknown: bool) ->
     average = "" if value["is_known"] else ", in part as average"
     if not allow_unknown:
         del value["is_known"]
-    return value, [f"{format_rating(trained, value)} by {value['user']}{average}"]
+    return value, [format_rating(trained, value, f" by {value['user']}") + average]
 
 
 def predict_new(trained: Model, item: str, rated: pl.DataFrame) -> tuple:
@@ -1905,15 +1909,18 @@ def predict_new(trained: Model, item: str, rated: pl.DataFrame) -> tuple:
     members, row = fold_in(trained, items, *columns), torch.tensor([find_item(trained, item)])
     each = predict_each(members, torch.tensor([0]), row, head=make_head(*trained.head))
     mean = each.mean(0)
-    about = {"rating": mean.clamp(*trained.clip), "deviation": (each - mean).square().mean(0).sqrt()}
+    about = {
+        "rating": mean.clamp(*trained.clip),
+        "deviation": (each - mean).square().mean(0).sqrt(),
+    }
     value = describe_items(trained, row, **about).row(0, named=True)
     return value, [format_rating(trained, value)]
 
 
-def format_rating(trained: Model, value: dict) -> str:
+def format_rating(trained: Model, value: dict, by: str = "") -> str:
     """A predicted rating, its spread where there are several members, and the item's title."""
     spread = f" +- {value['deviation']:#.2g}" if len(trained.members) > 1 else ""
-    return f"{value['rating']:#.3g}{spread} for {value['title']}"
+    return f"{value['rating']:#.3g}{spread}{by} for {value['title']}"
 
 
 def write_answers(path: Path, scan: pl.LazyFrame, answer) -> None:

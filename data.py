@@ -591,7 +591,7 @@ def _detect(source: _Source, kind: _Kind, head: pl.Series) -> tuple[_Form, dict[
     is_json, columns = lines[0].lstrip()[:2] in ('{"', "{ "), source.how.columns
     for separator in "{" if is_json else ("\t", "::", ";", ",", "|", " "):
         fields = _split(lines, separator)
-        if len(fields) < 2 and not is_json:
+        if len(fields) < 2 and kind.fields and not is_json:
             continue
         is_header = is_json or _is_header(fields, kind, columns)
         names, words, n = fields, None, len(fields)
@@ -605,7 +605,7 @@ def _detect(source: _Source, kind: _Kind, head: pl.Series) -> tuple[_Form, dict[
             continue
         rating = "0" if is_header or "rating" not in places else fields[places["rating"]]
         is_good = re.fullmatch(NUMBER, rating) is not None
-        score = is_good, separator != " ", len(places), n
+        score = is_good, n > 1, separator != " ", len(places), n
         n_headers = 0 if is_json else n_blank + is_header
         form = _Form(separator, names, n_headers, separator in "\t,;|")
         found.append((score, form, places))

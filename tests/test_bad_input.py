@@ -179,7 +179,8 @@ cross-validate --splits ua --folds 1; lr-find --plot x.gif; lr-find --epochs 2
 evaluate m.pt --user-column x; predict m.pt --user 5; predict m.pt --pairs p.csv
 predict m.pt --user 5 --item 5 --output x.csv; predict m.pt --pairs p.csv --output x.txt
 predict m.pt --pairs p.csv --output p.csv; recommend m.pt; recommend m.pt --user 5 --rated 1:2
-recommend m.pt --user 5 --output x.csv; interpret m.pt -n -3; similar m.pt
+recommend m.pt --all-users
+recommend m.pt --rate it1 3 --rated it1:3; interpret m.pt -n -3; similar m.pt
 map m.pt --output x.jpg; map m.pt; plot --output x.png"""
 ALLOWED = r"""
 --test r.csv --allow-overlap; --ratings user.csv; --ratings item.csv; map m.pt --output o.svg
@@ -403,7 +404,7 @@ def test_json_that_is_wrong_is_no_traceback(wrong, whole):
         elif is_model:
             trained = collab.load_model(whole.path.with_name("changed"))
             rated = polars.DataFrame({"item": trained.ids.items[:1], "rating": [3]})
-            assert len(collab.recommend(trained, trained.ids.users[0], n=2)) == 2
+            assert len(collab.recommend(trained, trained.ids.users[0], n=2, include_seen=True)) == 2
             assert len(collab.recommend(trained, rated=rated, n=2)) == 2
             assert len(collab.find_similar(trained, trained.ids.items[0], n=2)) == 2
             assert collab.evaluate(trained)["mse"] > 0

@@ -349,7 +349,7 @@ def test_ids_and_titles(plain, source):
 
 
 def test_similar_items_and_likings_by_hand(plain):
-    """Cosines and the order of biases by numpy; what nobody rated is in neither."""
+    """Weighed cosines and the order of biases by numpy; what nobody rated is in neither."""
     counts = numpy.bincount(plain.tensors["train_items"], minlength=1682)
     biases, factors = plain.members[0].item_bias, plain.members[0].item_factors.numpy()[:1682]
     order = [row for row in biases.reshape(-1)[:1682].argsort(descending=True) if counts[row]]
@@ -357,19 +357,31 @@ def test_similar_items_and_likings_by_hand(plain):
     assert items["item"].to_list() == plain.ids.items.gather(order).to_list()
     assert items["n_ratings"].to_list() == counts[order].tolist()
     factors = factors / numpy.linalg.norm(factors, axis=1, keepdims=True)
-    cosines = numpy.where(counts > 0, factors @ factors[49], -2)
-    top = numpy.argsort(-cosines)[1:6]
+    cosines = numpy.where(counts > 0, factors @ factors[49] * counts / (counts + 30), -2)
+    cosines[49] = -2
+    top = numpy.argsort(-cosines)[:5]
     assert found["item"].to_list() == plain.ids.items.gather(top).to_list()
     assert found["similarity"].to_list() == pytest.approx(cosines[top].tolist(), abs=1e-5)
+    assert found["n_ratings"].to_list() == counts[top].tolist()
+    users = collab.find_similar(plain, 196, n=2, side="user")
+    assert users.columns == ["user", "similarity", "n_ratings"]
+    assert 196 not in users["user"]
+    assert users["similarity"].is_sorted(descending=True)
 
 
-def test_ranking_figures_by_brute_force(plain):
-    """Every user's items sorted by their predictions in numpy."""
+@pytest.mark.parametrize("by", ["rating", "taste", "popular"])
+def test_ranking_figures_by_brute_force(plain, by):
+    """Every user's items sorted in numpy: by predictions, by X V V' and these, by numbers."""
     users, items = plain.ids.users.to_frame("user"), plain.ids.items.to_frame("item")
     every, k = users.join(items, how="cross"), 10
     scores = collab.predict(plain, every)["rating"].to_numpy().reshape(943, 1682).copy()
     tensors, figures = {name: tensor.numpy() for name, tensor in plain.tensors.items()}, []
-    scores[tensors["train_users"], tensors["train_items"]] = -1
+    rated = numpy.zeros((943, 1682))
+    rated[tensors["train_users"], tensors["train_items"]] = 1
+    if by == "taste":
+        scores = rated @ tensors["tastes"] @ tensors["tastes"].T + 0.4 * scores / 4
+    scores = rated.sum(0) - numpy.zeros((943, 1)) if by == "popular" else scores
+    scores[rated > 0] = -1
     for user in range(943):
         is_own = (tensors["test_users"] == user) & (tensors["test_ratings"] >= 4)
         wanted = tensors["test_items"][is_own]
@@ -377,12 +389,51 @@ def test_ranking_figures_by_brute_force(plain):
             hits = numpy.isin(numpy.argsort(-scores[user], kind="stable")[:k], wanted)
             gains = 1 / numpy.log2(numpy.arange(k) + 2)
             ndcg = gains[hits].sum() / gains[: len(wanted)].sum()
-            figures.append([hits.mean(), hits.sum() / len(wanted), ndcg, hits.any()])
-    found = collab.rank(plain, k=k, min_rating=4)
+            first = 1 / (hits.argmax() + 1) if hits.any() else 0
+            figures.append([hits.mean(), hits.sum() / len(wanted), ndcg, hits.any(), first])
+    found = collab.rank(plain, k=k, min_rating=4, by="taste" if by == "popular" else by)
+    found = found["popular"] if by == "popular" else found
     assert found["n_users"] == len(figures)
     expected = numpy.mean(figures, axis=0).tolist()
-    names = ("precision", "recall", "ndcg", "hit_rate")
-    assert [found[name] for name in names] == pytest.approx(expected, abs=2e-4)
+    names = ("precision", "recall", "ndcg", "hit_rate", "mrr")
+    tolerance = 4e-3 if by == "popular" else 2e-4  # numbers tie
+    assert [found[name] for name in names] == pytest.approx(expected, abs=tolerance)
+
+
+def test_what_a_list_may_have(main, tmp_path, plain):
+    """What was rated in the test part is left out, too, what is no candidate, or little rated."""
+    tensors, ids = plain.tensors, plain.ids
+    rows = [tensors[f"{part}_items"][tensors[f"{part}_users"] == 21] for part in ("train", "test")]
+    seen = ids.items.gather(torch.cat([each.long() for each in rows]).numpy())
+    every = collab.recommend(plain, 22, n=10**6)
+    assert not set(every["item"]) & set(seen)
+    assert len(every) == 1680 - len(seen)
+    few, often = collab.recommend(plain, 22, n=10**6, min_ratings=100), plain.counts[1] >= 100
+    assert set(few["item"]) == {*ids.items.filter(polars.Series(often.numpy()))} - {*seen}
+    chosen = [*every["item"][:5], *seen[:2], 10**9]
+    found = collab.recommend(plain, 22, candidates=chosen)
+    assert found["item"].to_list() == chosen[:5]
+    new = collab.recommend(plain, rated=polars.DataFrame({"item": [50], "rating": [5.0]}), n=5)
+    assert 50 not in new["item"]
+    popular = plain.counts[1].argsort(descending=True)[:100].numpy()
+    nobody = polars.DataFrame({"item": [1], "rating": [1.0]}).clear()
+    assert set(collab.recommend(plain, rated=nobody, n=5)["item"]) <= {*ids.items.gather(popular)}
+    collab.save_model(tmp_path / "m.pt", plain)
+    polars.DataFrame({"user": [22, 196]}).write_csv(tmp_path / "u.csv")
+    polars.DataFrame({"item": chosen}).write_csv(tmp_path / "c.csv")
+    ask = ("recommend", "m.pt", "-n", 3, "--json")
+    several = json.loads(main(*ask, "--user", 22, "--user", 196).stdout)["items"]
+    assert [(each["user"], each["rank"]) for each in several][::3] == [(22, 1), (196, 1)]
+    assert json.loads(main(*ask, "--users", "u.csv").stdout)["items"] == several
+    found = json.loads(main(*ask, "--user", 22, "--candidates", "c.csv").stdout)["items"]
+    assert [each["item"] for each in found] == chosen[:3]
+    rate = ("--rate", "Star Wars", 5, "--rate", "Postino, Il", 4)
+    done = main("recommend", "m.pt", *rate)
+    assert "rated: Star Wars (1977); Postino, Il (1994)" in done.stderr
+    done = main("predict", "m.pt", *rate, "--item", 172, "--json")
+    assert 1 <= json.loads(done.stdout)["rating"] <= 5
+    done = main("predict", "m.pt", "--user", 10**9, "--item", 172, "--allow-unknown")
+    assert done.stdout.endswith("(1980), in part as average\n")
 
 
 def test_a_model_with_times_knows_the_moment_of_a_rating(timed, source):

@@ -321,3 +321,18 @@ def test_unrated_rows_are_a_ridge_regression():
     found = model.regress_unrated(rows, (starts, columns, values), n_ratings, ridge=0.5)
     assert torch.equal(found[1:5], rows[1:5])
     assert numpy.allclose(found[[0, 5]], (mean + full @ slopes)[[0, 5]], atol=1e-5)
+
+
+def test_tastes_are_the_right_singular_vectors():
+    """Of a matrix of low rank exactly; who has rated nothing gets what most have rated."""
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.randint(0, 3, (60,), generator=generator)
+    rated = torch.randint(0, 2, (3, 30), generator=generator)[groups]
+    users, items = rated.nonzero().unbind(1)
+    tastes = model.find_tastes(users, items, n_users=60, n_items=30, n_factors=3)
+    vectors = numpy.linalg.svd(rated.numpy(), full_matrices=False)[2][:3]
+    assert numpy.allclose(tastes @ tastes.T, vectors.T @ vectors, atol=1e-5)
+    own, counts = rated[0].nonzero()[:, 0], rated.sum(0)
+    scores = model.score_tastes(tastes, [own, own[:0]], counts)
+    assert numpy.allclose(scores[0], rated[0].numpy() @ vectors.T @ vectors, atol=1e-5)
+    assert counts[scores[1].argmax()] == counts.max()

@@ -345,8 +345,9 @@ def test_ranking_is_brute_force(seed, k):
         hits = [i in wanted for i in (lists[user] if user < 5 else ())]
         gain = sum(hit / math.log2(place + 2) for place, hit in enumerate(hits))
         ideal = sum(1 / math.log2(place + 2) for place in range(min(k, len(wanted))))
-        expected.append((sum(hits) / k, sum(hits) / len(wanted), gain / ideal, any(hits)))
+        first = 1 / (hits.index(True) + 1) if any(hits) else 0
+        expected.append((sum(hits) / k, sum(hits) / len(wanted), gain / ideal, any(hits), first))
     got = train.rank(*frames, k=k)
     assert got.pop("n_users") == len(expected)
-    assert list(got) == ["precision", "recall", "ndcg", "hit_rate"]
+    assert list(got) == ["precision", "recall", "ndcg", "hit_rate", "mrr"]
     assert list(got.values()) == pytest.approx(numpy.mean(expected, 0).tolist())
