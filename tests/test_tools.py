@@ -1,6 +1,7 @@
 """The tools, in small: no time is asserted, but what they measure is what they say."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -13,9 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
 
 import bench
 import common
+import lists
 import panel
 import peers
 import scale
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
 
 def run(tool, *arguments):
@@ -123,3 +127,14 @@ def test_a_panel_of_tables(tmp_path, monkeypatch):
     assert c[:3] == ["c_train.csv", str(n_ratings), f"{n_ratings / 40:.1f}"]  # 30 is of the test
     assert float(a[4]) < float(a[3])
     assert skipped.startswith("d.csv: skipped: ")
+
+
+@pytest.mark.usefixtures("ml_100k")
+def test_lists_beat_the_most_rated_and_ease():
+    """And are as the README says."""
+    (_, *rows), _ = run(lists, "--splits", "ua", "--recipes", "default")
+    ndcg = {row[1]: float(row[2]) for row in rows}
+    assert ndcg["default"] > ndcg["EASE"] > 2 * ndcg["the number of ratings"]
+    for row in rows[:4]:
+        (told,) = re.findall(rf"\| {re.escape(' | '.join(row[:2]))} \| ([\d.]+)", README)
+        assert float(row[2]) == pytest.approx(float(told), abs=2e-3)
