@@ -379,7 +379,9 @@ def choose_features(source: Source, kinds: tuple, given: dict, notice=lambda lin
 
 def make_task(parts: list, source: Source, kinds: tuple, *, allow_overlap: bool) -> Task:
     """The tensors of a `Task` from its train and test frames, which leave `parts` meanwhile."""
-    frame, test_frame = parts
+    # The unit of times in a model is a second.
+    seconds = [pl.col("timestamp").floor().cast(pl.Int64)] if "time" in kinds else []
+    frame, test_frame = (part.with_columns(*seconds) for part in parts)
     parts.clear()  # so that nobody holds the frames when they are let go of below
     about = {"users": source.users, "items": source.items}
     part, test, ids = data.to_tensors(frame, test_frame, allow_overlap=allow_overlap, **about)
@@ -697,7 +699,7 @@ def load_model(path: str | Path) -> Model:
 def check(kind: str, about: dict, tensors: dict) -> None:
     """ValueError for parts of a file that are not of their types, or do not fit each other."""
     if about["format"] != FORMATS[kind]:
-        raise ValueError(f"format {about['format']!r}, not {FORMATS[kind]!r}")
+        raise ValueError(f"format {about['format']!r}, not {FORMATS[kind]!r}: train it again")
     if kind == "checkpoint":
         return check_states(about, tensors)
     check_about(about)
@@ -954,7 +956,8 @@ def find_columns(trained: Model, pairs: pl.DataFrame, **options) -> tuple:
     rows = find_pairs(trained, pairs, **options)
     if "time" not in trained.options["features"] or "timestamp" not in pairs.columns:
         return rows
-    asked = to_frame(NAMES, *rows, torch.zeros(len(pairs)), pairs["timestamp"].to_torch())
+    times = pairs["timestamp"].floor().cast(pl.Int64).to_torch()
+    asked = to_frame(NAMES, *rows, torch.zeros(len(pairs)), times)
     return *rows, data.pair_context(find_history(trained), asked)
 
 
@@ -965,6 +968,7 @@ def predict(trained: Model, pairs: pl.DataFrame, **options) -> pl.DataFrame:
     id; with the option `allow_unknown=True` it is predicted as the average one, and a column
     is_known tells which are not.
     """
+    pairs = data.to_lazy(pairs).collect()
     columns = find_columns(trained, pairs, **options)
     each = predict_each(trained.members, *columns, head=make_head(*trained.head))
     mean = each.mean(0)
@@ -987,6 +991,7 @@ def evaluate(trained: Model, ratings=None, *, allow_unknown=False, allow_overlap
     if ratings is None and not columns:
         raise ValueError("the model has no test part: give others by --ratings")
     if ratings is not None:
+        ratings = data.to_lazy(ratings).collect()
         users, items, *context = find_columns(trained, ratings, allow_unknown=allow_unknown)
         columns = users, items, ratings["rating"].to_torch(), *context
         pairs = to_frame(NAMES, users, items).with_row_index()
@@ -1052,16 +1057,20 @@ def recommend(
     """
     if (users is None) == (rated is None) or n < 1:
         raise ValueError(f"give a user or what one has rated, not both, and n above 0, not {n}")
+    if by not in ("taste", "rating"):
+        raise ValueError(f"a list goes by taste or rating, not {by!r}")
     allowed = trained.seen[1] & (trained.counts[1] >= min_ratings)
     if candidates is not None:
         rows = find_rows(trained, "item", candidates, allow_unknown=True)
+        if (rows == len(allowed)).all():
+            raise ValueError("no candidate is an item of the model")
         allowed = allowed & (torch.bincount(rows, minlength=len(allowed) + 1) > 0)[:-1]
     about = {"n": n, "by": by, "allowed": allowed}
     if rated is None:
         rows = find_rows(trained, "user", [users] if np.ndim(users) == 0 else users)
         top = list_rows(trained, rows, hidden=() if include_seen else ("train", "test"), **about)
     else:
-        items, *columns = to_rated(trained, rated)
+        items, *columns = to_rated(trained, data.to_lazy(rated).collect())
         members, hidden = fold_in(trained, items, *columns), [items[: 0 if include_seen else None]]
         top = list_top(trained, members, torch.tensor([0]), [items], hidden, **about)
     items, ratings = top["item"].to_torch(), top["rating"].clip(*trained.clip).to_torch()
@@ -1135,11 +1144,13 @@ def to_rated(trained: Model, rated: pl.DataFrame) -> tuple:
 
     Of several ratings of one item the latest counts, of one time or without times the last.
     """
-    low, high = trained.clip
+    low, high = map(np.float32, trained.clip)
+    times = [pl.col("timestamp").floor().cast(pl.Int64)] if "timestamp" in rated.columns else []
+    rated = rated.with_columns(pl.col("rating").cast(pl.Float32), *times)
     rows = find_items(trained, rated["item"])
-    wrong = rated.filter(~pl.col("rating").is_between(low, high))
+    wrong = rated.filter(~pl.col("rating").is_between(low, high).fill_null(False))
     if len(wrong):
-        item, rating = wrong.select("item", "rating").row(0)
+        item, rating = wrong.select("item", pl.col("rating").fill_null(math.nan)).row(0)
         raise ValueError(f"rating {rating:g} of item {item!r} is not within {low:g} to {high:g}")
     rated = rated.with_columns(pl.Series("item", rows.numpy()), user=0)
     rated = data.drop_repeats(rated)
@@ -1442,7 +1453,7 @@ OPTIONS = {
         "by": (click.Choice(["taste", "rating"]), "What the user picks, or only likes.", "taste"),
         "include-seen": (bool, "Items that the user has rated, too."),
         "candidates": (FILE, "A table of the items to choose among."),
-        "min-ratings": (click.IntRange(0), "Of an item in the list, at least.", 0),
+        "min-ratings": (click.IntRange(0, 10**9), "Of an item in the list, at least.", 0),
         "ranking": (bool, "How well the first of each user's list hit, too."),
         "k": (COUNT, "How many first.", 10),
         "min-rating": (NUMBER, "The least rating that is a hit.  [default: any]"),
@@ -1945,7 +1956,7 @@ def recommend_command(path, user, users, rated, rate, all_users, candidates, out
     check_paths([path, users, candidates], output, endings=TABLES)
     trained, options = load_model(path), choose(told, "n", "by", "include_seen", "min_ratings")
     if candidates is not None:
-        options["candidates"] = data.read_items(candidates, **how)["item"]
+        options["candidates"] = read_ids(candidates, "item", how)
     if is_new:
         ratings = read_rated(trained, rated, rate, how)
         titles = describe_items(trained, find_items(trained, ratings["item"]))["title"]
@@ -1954,7 +1965,7 @@ def recommend_command(path, user, users, rated, rate, all_users, candidates, out
         return {"rated": rated, "items": found.to_dicts()}, format_frame(found)
     ids = trained.ids.users
     if not all_users:
-        asked = user if users is None else data.read_users(users, **how)["user"]
+        asked = user if users is None else read_ids(users, "user", how)
         ids = ids.gather(find_rows(trained, "user", asked).numpy())
     if output is None:
         found = recommend(trained, ids, **options)
@@ -1970,6 +1981,14 @@ def recommend_command(path, user, users, rated, rate, all_users, candidates, out
     write_answers(output, ids.alias("user").to_frame().lazy(), answer)
     value = {"n_users": len(ids), "output": str(output)}
     return value, [f"up to {told['n']} items for each of {len(ids):,} users in {output}"]
+
+
+def read_ids(path: Path, name: str, how: dict) -> pl.Series:
+    """The ids in a table of users or items."""
+    table = getattr(data, f"read_{name}s")(path, **how)
+    if table is None:
+        raise ValueError(f"{path}: no table in it that is known: give the path of a file")
+    return table[name]
 
 
 def read_rated(trained: Model, text: str | None, pairs: tuple, how: dict) -> pl.DataFrame:
@@ -2001,7 +2020,8 @@ def similar_command(path, user, item, n):
     trained = load_model(path)
     if item is None:
         found = find_similar(trained, user, n=n, side="user")
-        return {"user": user, "users": found.to_dicts()}, format_frame(found)
+        row = find_rows(trained, "user", [user]).item()
+        return {"user": trained.ids.users[row], "users": found.to_dicts()}, format_frame(found)
     asked = describe_items(trained, torch.tensor([find_item(trained, item)])).row(0, named=True)
     found = find_similar(trained, asked["item"], n=n)
     return asked | {"items": found.to_dicts()}, format_frame(found)

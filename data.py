@@ -281,7 +281,7 @@ class _Kind(NamedTuple):
 
 
 RATINGS = _Kind("ratings", ("user", "item", "rating"), ("timestamp",), tuple(NAMES)[:4])
-RATED = _Kind("ratings", ("item", "rating"), ("timestamp", "user"), (*tuple(NAMES)[1:4], "user"))
+RATED = _Kind("ratings", ("item", "rating"), ("timestamp", "user"), tuple(NAMES)[1:4])
 PAIRS = _Kind("pairs", ("user", "item"), ("timestamp",), tuple(NAMES)[:4])
 USERS = _Kind("users", ("user",), (), ())
 ITEMS = _Kind("items", ("item",), ("title",), ())
@@ -379,13 +379,15 @@ def scan_pairs(table: Name | object, **how) -> tuple[pl.LazyFrame, Callable[[int
     """Pairs of a user and an item, to be streamed in file order, and where in the file each is.
 
     As `read_ratings`, but a rating may be missing and is not read. The frame: row Int64, its line;
-    user and item String; timestamp Int64, if the file has it. The function says of a row 'FILE,
-    line 17', or 'FILE, row 16' of a frame. All is read once here, in bounded memory, for errors as
-    of `read_ratings`: the frame raises none later.
+    user and item String, exactly as in the file; timestamp Int64, if the file has it. The function
+    says of a row 'FILE, line 17', or 'FILE, row 16' of a frame. All is read once here, in bounded
+    memory, for errors as of `read_ratings`: the frame raises none later.
     """
     source = _scan(table, PAIRS, _take(how))
     query = _select(source, is_exact=True)
-    chosen, n_nulls = _choose(source, _list_casts(source, PAIRS), query)
+    casts = _list_casts(source, PAIRS)
+    casts |= {name: casts[name][-1:] for name in PAIRS.needed}  # `find_rows` minds 7.0
+    chosen, n_nulls = _choose(source, casts, query)
     if n_nulls.get("timestamp") and "timestamp" not in source.how.columns:
         del chosen["timestamp"]
         source.how.notice(f"{source.label}: without the times, which can't all be read")
@@ -425,7 +427,7 @@ def _open(table: Name | object, names: Sequence[str], kind: _Kind, how: _How) ->
     if not isinstance(table, str | os.PathLike):
         label = f"the frame of {kind.noun}"
         try:
-            return _Source(label, "", how=how, frame=_to_lazy(table))
+            return _Source(label, "", how=how, frame=to_lazy(table))
         except Exception as error:  # of whatever library it is
             raise ValueError(f"{label} cannot be read: {_brief(error)}") from None
     path = Path(table)
@@ -509,7 +511,7 @@ def _naming(label: object) -> Iterator[None]:
         raise (OSError if is_device else ValueError)(f"{label}: {why}") from None
 
 
-def _to_lazy(table: object) -> pl.LazyFrame:
+def to_lazy(table: object) -> pl.LazyFrame:
     """A frame of any library, or a dict of columns, as one of polars."""
     if isinstance(table, pl.DataFrame | pl.LazyFrame):
         return table.lazy()
@@ -638,7 +640,9 @@ def _is_header(fields: list[str], kind: _Kind, columns: Columns) -> bool:
     is_named |= any(re.fullmatch(keys, _plain(field)) for field in fields)
     is_words = not any(re.fullmatch(NUMBER, field) for field in fields)
     may_be = "rating" in kind.needed or n_known > 0 or not all(map(str.isdecimal, given))
-    return not kind.fields or is_named or (is_words and may_be)
+    if not kind.fields:
+        return n_known > 0 or not any(map(str.isdecimal, given))
+    return is_named or (is_words and may_be)
 
 
 def _plain(field: str) -> str:
@@ -654,7 +658,8 @@ def _find_places(
     Without a header `words` are the names that the fields have by their order. Of a table of one's
     own all other columns are read, too. ValueError if a needed one is not found.
     """
-    names, has = kind.fields or (*kind.needed, *kind.others), _brief(", ".join(fields))
+    names = dict.fromkeys((*kind.fields, *kind.needed, *kind.others))
+    has = _brief(", ".join(fields))
     places = {name: _find_given(fields, kind, name, columns) for name in names if name in columns}
     places = {name: place for name, place in places.items() if place is not None}
     if len(set(places.values())) < len(places):
@@ -663,6 +668,7 @@ def _find_places(
     if missing := [name for name in kind.needed if name not in places]:
         cure = " and ".join(OPTIONS[name] for name in missing)
         cure += ", or unpivot the table if each item has a column" * (len(missing) > 1)
+        cure += ", in its first line" * (not kind.fields)
         raise ValueError(f"no column for {', '.join(missing)} among {has}: tell it by {cure}")
     places = {n: p for n, p in places.items() if n in (*kind.needed, *kind.others)}
     taken = set(places.values())
@@ -885,7 +891,8 @@ def _list_casts(source: _Source, kind: _Kind, bounds: Range = ANY) -> dict[str, 
     """How each column may be read, the fastest first: null for what is wrong or missing."""
     is_comma = source.form is not None and source.form.separator == ";"
     schema = _select(source).collect_schema()
-    names = [name for name in kind.fields or kind.needed if name in schema]
+    names = (*kind.needed, *(kind.others if kind.fields else ()))
+    names = [name for name in names if name in schema]
     return {
         name: [c.alias(name) for c in _cast(name, schema[name], bounds, is_comma)] for name in names
     }
@@ -1035,7 +1042,8 @@ def _to_side(source: _Source, name: str, column: pl.Series) -> pl.Series:
     if name == "title":
         return text
     if source.form is not None and source.form.separator == "{" and text.str.starts_with("[").all():
-        return text.str.json_decode(pl.List(pl.String))
+        with suppress(*POLARS):  # a text may begin so, too
+            return text.str.json_decode(pl.List(pl.String))
     if source.form is not None:
         for number in (pl.Int64, pl.Float64):
             numbers = text.str.strip_chars().cast(number, strict=False)
@@ -1063,9 +1071,14 @@ def same_ids(*frames: Frame | None) -> tuple[Frame | None, ...]:
 def find_rows(ids: pl.Series, values: pl.Series) -> pl.Series:
     """The rows of `values` in `ids`, sorted and unique: Int64, null for what is not there.
 
-    Where one is of numbers and the other of text, both are compared as text.
+    Where one is of numbers and the other of text, both are compared as text, a number with .0 as
+    the integer.
     """
+    if values.dtype.is_numeric():
+        values = values.set(values != values.floor(), None).cast(pl.Int64, strict=False)
     if ids.dtype != values.dtype:
+        if values.dtype == pl.String:
+            values = values.str.strip_chars().str.replace(r"\.0*$", "")
         ids, values = ids.cast(pl.String), values.cast(pl.String)
     known = Frame({"id": ids, "row": np.arange(len(ids))})
     return Frame({"id": values}).join(known, "id", "left", maintain_order="left")["row"]

@@ -472,7 +472,8 @@ def find_tastes(
         vectors = sum(block.t() @ (block @ basis) for block in blocks)
     basis = torch.linalg.qr(vectors)[0]
     picks = torch.cat([block @ basis for block in blocks])
-    rotation = torch.linalg.svd(picks, full_matrices=False)[2].T
+    _, sizes, rotation = torch.linalg.svd(picks, full_matrices=False)
+    rotation = rotation.T * (sizes > 1e-4 * sizes[0])  # others tell of nothing
     return (basis @ rotation)[:, :n_factors].contiguous()
 
 
@@ -596,7 +597,7 @@ def regress_unrated(
     transposed = features.t()
     residual = transposed @ (weights * (rows - mean))
     slopes, step, norm = torch.zeros_like(residual), residual, residual.square().sum(0)
-    for _ in range(50):
+    for _ in range(100):
         product = transposed @ (weights * (features @ step)) + ridge * step
         rate = norm / (step * product).sum(0).clamp_min(1e-30)
         slopes, residual = slopes + rate * step, residual - rate * product
