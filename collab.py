@@ -92,8 +92,8 @@ MOST_LEVELS = 100  # distinct ratings that loss ordinal takes; it has a bias for
 PRIOR_WIDTH = 4.0  # of a new user's row, by `tests/tools/fold_in.py --validate`
 FEW = 30  # ratings of an item that count for half in `find_similar`
 LARGEST = 3e38  # of float32's numbers
-N_TASTES = 20  # factors of a list, and
-RATING_WEIGHT = 0.4  # of the predicted rating in a list, chosen on validation parts of ml-100k
+# Of lists, chosen on validation parts of ml-100k.
+N_TASTES, RATING_WEIGHT = 20, 0.4  # factors of `model.find_tastes`; of the predicted rating
 SCORES_AT_ONCE = 1 << 24  # predictions held in memory when all items are ranked
 
 
@@ -180,13 +180,8 @@ def find_thinness(columns: tuple) -> float:
 
     Of `columns` users and items (N,) are read; those count that are in it.
     """
-    n_rows = sum(map(count_seen, columns[:2]))
+    n_rows = sum((torch.bincount(rows) > 0).sum().item() for rows in columns[:2])
     return (UA_RATINGS / UA_ROWS / (len(columns[0]) / n_rows)) ** 0.7
-
-
-def count_seen(rows: torch.Tensor) -> int:
-    """How many different rows there are in `rows` (N,)."""
-    return (torch.bincount(rows) > 0).sum().item()
 
 
 def find_range(ratings: torch.Tensor) -> tuple[float, float]:
@@ -268,9 +263,7 @@ def read(
         if own is None:
             frames.append(reader(path) if has_tables else None)
         else:
-            frames.append(reader(own, **how))
-            if frames[-1] is None:
-                raise ValueError(f"{own}: no table in it that is known: give the path of a file")
+            frames.append(read_table(reader, own, **how))
     frames = data.same_ids(*frames)
     for name, about in zip(("user", "item"), frames[2:], strict=True):
         if about is not None:
@@ -280,6 +273,13 @@ def read(
     is_path = isinstance(ratings, str | os.PathLike)
     name = os.fsencode(ratings).decode(errors="replace") if is_path else "a frame"
     return Source(name, split, *frames, rating_range)
+
+
+def read_table(reader, table, **how) -> pl.DataFrame:
+    """By `data.read_users` or `data.read_items`; ValueError for a folder without such a table."""
+    if (frame := reader(table, **how)) is None:
+        raise ValueError(f"{table}: no table in it that is known: give the path of a file")
+    return frame
 
 
 def check_table(name: str, ids: pl.Series, ratings: tuple, notice) -> None:
@@ -740,11 +740,9 @@ def check_about(about: dict) -> None:
 
 def check_states(about: dict, tensors: dict) -> None:
     """`check` of a checkpoint."""
-    names = {"epoch", "train_loss", "seconds", "evaluate_seconds"}
-    numbers = [each for row in about["rows"] for each in row.values()]
-    is_whole = (
-        all(set(row) - {*ERRORS} == names for row in about["rows"]) and len(about["rows"]) > 0
-    )
+    rows, names = about["rows"], {"epoch", "train_loss", "seconds", "evaluate_seconds"}
+    numbers = [each for row in rows for each in row.values()]
+    is_whole = len(rows) > 0 and all(set(row) - {*ERRORS} == names for row in rows)
     is_whole &= set(about) == {"format", "arguments", "fingerprint", "rows"}
     if not is_whole or not {*map(type, numbers)} <= {int, float}:
         raise ValueError("the figures of its epochs are not whole")
@@ -771,10 +769,8 @@ def check_tensors(tensors: dict, forms: dict, sizes: dict) -> None:
         tensor = tensors[name]
         if bound is not None and not 0 <= tensor.min() <= tensor.max() < sizes[bound]:
             raise ValueError(f"{name} has one that there is not")
-        if (
-            name in ("train_users", "test_users", "feature_rows")
-            and (tensor[1:] < tensor[:-1]).any()
-        ):
+        is_ordered = name in ("train_users", "test_users", "feature_rows")
+        if is_ordered and (tensor[1:] < tensor[:-1]).any():
             raise ValueError(f"{name} is not in order")
         if dtype == "float32" and not tensor.isfinite().all():
             raise ValueError(f"{name} is not finite")
@@ -961,6 +957,14 @@ def find_columns(trained: Model, pairs: pl.DataFrame, **options) -> tuple:
     return *rows, data.pair_context(find_history(trained), asked)
 
 
+def find_answers(trained: Model, members: list, *columns: torch.Tensor) -> dict:
+    """rating, the mean of the members' predictions of pairs (N,), and deviation, theirs, (N,)."""
+    each = predict_each(members, *columns, head=make_head(*trained.head))
+    mean = each.mean(0)
+    deviation = (each - mean).square().mean(0).sqrt()
+    return {"rating": mean.clamp(*trained.clip), "deviation": deviation}
+
+
 def predict(trained: Model, pairs: pl.DataFrame, **options) -> pl.DataFrame:
     """A frame of user, item, rating, deviation for a frame of user, item[, timestamp], raw ids.
 
@@ -970,15 +974,19 @@ def predict(trained: Model, pairs: pl.DataFrame, **options) -> pl.DataFrame:
     """
     pairs = data.to_lazy(pairs).collect()
     columns = find_columns(trained, pairs, **options)
-    each = predict_each(trained.members, *columns, head=make_head(*trained.head))
-    mean = each.mean(0)
-    deviation = (each - mean).square().mean(0).sqrt()
-    found = to_frame(("rating", "deviation"), mean.clamp(*trained.clip), deviation)
-    found = pairs.select("user", "item").hstack(found)
+    answers = find_answers(trained, trained.members, *columns)
+    found = pairs.select("user", "item").hstack(to_frame(answers, *answers.values()))
     if options.get("allow_unknown"):
         is_known = (columns[0] < len(trained.ids.users)) & (columns[1] < len(trained.ids.items))
         found = found.with_columns(is_known=pl.Series(is_known.numpy()))
     return found
+
+
+def find_test(trained: Model) -> list[torch.Tensor]:
+    """The test part: users, items, ratings and, with the feature time, context."""
+    if not trained.figures["n_test"]:
+        raise ValueError("the model has no test part: give others by --ratings")
+    return [tensor for name, tensor in trained.tensors.items() if name.startswith("test")]
 
 
 def evaluate(trained: Model, ratings=None, *, allow_unknown=False, allow_overlap=False) -> dict:
@@ -987,10 +995,9 @@ def evaluate(trained: Model, ratings=None, *, allow_unknown=False, allow_overlap
     It has n_test, mse, rmse, mae. ValueError for an unknown id, which with `allow_unknown` is
     predicted as the average one, and, unless `allow_overlap`, for a pair of the training part.
     """
-    columns = [t for name, t in trained.tensors.items() if name.startswith("test")]
-    if ratings is None and not columns:
-        raise ValueError("the model has no test part: give others by --ratings")
-    if ratings is not None:
+    if ratings is None:
+        columns = find_test(trained)
+    else:
         ratings = data.to_lazy(ratings).collect()
         users, items, *context = find_columns(trained, ratings, allow_unknown=allow_unknown)
         columns = users, items, ratings["rating"].to_torch(), *context
@@ -1018,10 +1025,10 @@ def rank(
     n_users, n_items = map(len, trained.ids)
     if not 1 <= k <= n_items:
         raise ValueError(f"k must be from 1 to the {n_items} items, not {k}")
-    columns = [trained.tensors.get(f"test_{name}") for name in ("users", "items", "ratings")]
-    if ratings is not None:
-        rows = find_pairs(trained, ratings, allow_unknown=True)
-        columns = *rows, ratings["rating"].to_torch()
+    if ratings is None:
+        columns = find_test(trained)[:3]
+    else:
+        columns = *find_pairs(trained, ratings, allow_unknown=True), ratings["rating"].to_torch()
     least = -math.inf if min_rating is None else min_rating
     is_known = (pl.col("user") < n_users) & (pl.col("item") < n_items)
     pairs = to_frame(NAMES, *columns).filter(is_known, pl.col("rating") >= least)
@@ -1079,16 +1086,15 @@ def recommend(
     return found.select(*user, "rank", "item", "title", "rating")
 
 
-def find_rated(trained: Model, users: torch.Tensor, part: str) -> list[torch.Tensor]:
-    """The rows of the items that each user (B,) has rated in the train or the test part."""
-    if f"{part}_users" not in trained.tensors:
-        return [users[:0]] * len(users)
-    column, items = trained.tensors[f"{part}_users"], trained.tensors[f"{part}_items"]
-    starts, stops = (
-        torch.searchsorted(column, users.to(column.dtype), right=right).tolist()
-        for right in (False, True)
-    )
-    return [items[start:stop].long() for start, stop in zip(starts, stops, strict=True)]
+def find_rated(trained: Model, users: torch.Tensor, *parts: str) -> list[torch.Tensor]:
+    """The rows of the items that each user (B,) has rated in these parts, of train and test."""
+    rated = [users[:0]] * len(users)
+    for part in (part for part in parts if f"{part}_users" in trained.tensors):
+        column, items = (trained.tensors[f"{part}_{name}"] for name in ("users", "items"))
+        asked = users.to(column.dtype)
+        ends = (torch.searchsorted(column, asked, right=right).tolist() for right in (False, True))
+        rated = [torch.cat([own, items[a:b]]) for own, a, b in zip(rated, *ends, strict=True)]
+    return rated
 
 
 def list_rows(trained: Model, users, *, hidden: tuple, **about) -> pl.DataFrame:
@@ -1096,10 +1102,8 @@ def list_rows(trained: Model, users, *, hidden: tuple, **about) -> pl.DataFrame:
     n_outputs = make_head(*trained.head).n_outputs if about["by"] == "rating" else 1
     block, lists = SCORES_AT_ONCE // len(trained.ids.items) // n_outputs, []
     for rows in users.split(max(block, 1)):
-        parts = {part: find_rated(trained, rows, part) for part in {"train", *hidden}}
-        left_out = [torch.cat(own) for own in zip(*(parts[part] for part in hidden), strict=True)]
-        left_out = left_out or [rows[:0]] * len(rows)
-        lists.append(list_top(trained, trained.members, rows, parts["train"], left_out, **about))
+        rated = (find_rated(trained, rows, *parts) for parts in (("train",), hidden))
+        lists.append(list_top(trained, trained.members, rows, *rated, **about))
     return pl.concat(lists)
 
 
@@ -1114,6 +1118,7 @@ def list_top(
     the 20 n items, and 200 at least, of the highest taste; by rating, or popular, of that alone.
     """
     n_items, counts, head = len(trained.ids.items), trained.counts[1], make_head(*trained.head)
+    check_names("by", (by,), ("taste", "rating", "popular"))
     if by == "rating":
         scores = model.predict_all(members, users, n_items=n_items, head=head)
     elif by == "taste":
@@ -1462,13 +1467,13 @@ OPTIONS = {
     },
 }
 # fmt: on
-COLUMNS = {"user": "user", "item": "item", "rating": "rating", "time": "timestamp"}
-READING = (*(f"{name}-column" for name in COLUMNS), "encoding", "skip-bad")
-COLUMNS = COLUMNS | {"title": "title"}
+COLUMNS = {each: each for each in ("user", "item", "rating", "title")} | {"time": "timestamp"}
+READING = ("user-column", "item-column", "rating-column", "time-column", "encoding", "skip-bad")
 WHOM, RANKING = ("rated", "rate...", "all-users"), ("ranking", "k", "min-rating")
 LISTS = ("n", "by", "include-seen", "candidates", "min-ratings")
 ALLOWED = ("allow-unknown", "allow-overlap")
 PICTURES, TABLES = (".png", ".svg"), (".csv", ".tsv", ".parquet")
+TASK = ("recipe", "seed", "split", "holdout", "allow_overlap", *DEFAULT)  # what `prepare` takes
 NOT_KEPT = {"resume", "checkpoint", "save", "metrics", "threads"}  # in a checkpoint
 
 
@@ -1561,7 +1566,7 @@ def notice(line: str) -> None:
 
 def format_errors(errors: dict) -> str:
     """MSE, RMSE and MAE with four digits."""
-    return ", ".join(f"{name} {errors[name]:#.4g}" for name in ("mse", "rmse", "mae"))
+    return ", ".join(f"{name} {errors[name]:#.4g}" for name in ERRORS)
 
 
 def format_frame(frame: pl.DataFrame):
@@ -1585,9 +1590,7 @@ def describe_ratings(task: Task):
     sample = ratings[:: max(len(ratings) // 1_000_000, 1)]
     least, most = (sample.quantile(q).item() for q in (0.1, 0.9))
     if high - low > 3 * (most - least):
-        cure = (
-            "if those far beyond are mistakes, leave them out; if they are counts, pass logarithms"
-        )
+        cure = "if those far beyond are mistakes, leave them out; if counts, pass logarithms"
         yield f"8 of 10 ratings are from {least:g} to {most:g}: {cure}"
 
 
@@ -1681,11 +1684,6 @@ def start(told: dict, *results: Path | None) -> Source:
     return read(ratings, **paths, **how, **rest)
 
 
-def choose_task(told: dict) -> dict:
-    """What `prepare` takes of the values of options."""
-    return choose(told, "recipe", "seed", "split", "holdout", "allow_overlap", *DEFAULT)
-
-
 @command("train", "Data", "Split", "Training", "Recipe", "Output")
 @click.pass_context
 def train_command(context, metrics, save, checkpoint, resume, **told):
@@ -1713,23 +1711,17 @@ def train_command(context, metrics, save, checkpoint, resume, **told):
             pass
         return
     started = time.perf_counter()
-    task = prepare(start(told, save, metrics, checkpoint), **choose_task(told), notice=notice)
+    task = prepare(start(told, save, metrics, checkpoint), **choose(told, *TASK), notice=notice)
     load_seconds = time.perf_counter() - started
     for line in (*describe_ratings(task), *describe_baselines(task.figures)):
         notice(line)
     tested, has_test = "test" if told["holdout"] is None else "held", len(task.test[0]) > 0
     errors = f" {tested}_mse | {tested}_rmse | {tested}_mae |" * has_test
     say(f"epoch | train_loss |{errors}    time")
+    arguments = {n: os.path.abspath(v) if isinstance(v, Path) else v for n, v in told.items()}
+    about = {"checkpoint": checkpoint, "resume": resume, "arguments": arguments}
     with progress(task.options["epochs"], "epochs") as bar:
-        trained = train_model(
-            task,
-            on_epoch=partial(show_epoch, task, bar),
-            checkpoint=checkpoint,
-            resume=resume,
-            arguments={
-                n: os.path.abspath(v) if isinstance(v, Path) else v for n, v in told.items()
-            },
-        )
+        trained = train_model(task, on_epoch=partial(show_epoch, task, bar), **about)
     figures = trained.figures  # of what is saved, too
     figures.update(load_seconds=load_seconds, processes=n_processes)
     if save is not None:
@@ -1784,13 +1776,13 @@ def cross_validate_command(splits, folds, metrics, **told):
     if folds:
         names = [f"{number + 1}/{folds}" for number in range(folds)]
         parts = zip(names, data.fold(source.ratings, folds, seed=told["seed"]), strict=True)
-    say_once, errors = cache(notice), ("mse", "rmse", "mae")
+    say_once = cache(notice)
     say(" fold | test_rmse | test_mae |    time")
     for name, (ratings, test) in parts:
         part = source._replace(ratings=ratings, test=test)
-        figures = train_model(prepare(part, **choose_task(told), notice=say_once)).figures
+        figures = train_model(prepare(part, **choose(told, *TASK), notice=say_once)).figures
         row = {"fold": name, "seconds": figures["fit_seconds"]}
-        rows.append(row | choose(figures, *errors, "baselines"))
+        rows.append(row | choose(figures, *ERRORS, "baselines"))
         cells = f"{figures['rmse']:#9.4g} | {figures['mae']:#8.4g}"
         say(f"{name:>5} | {cells} | {row['seconds']:5.2f} s")
     figures = choose(figures, "recipe", "dataset", "seed", "options") | {"folds": rows}
@@ -1800,7 +1792,7 @@ def cross_validate_command(splits, folds, metrics, **told):
         each = pl.DataFrame([row["baselines"][name] for row in rows])
         figures["baselines"][name] = each.mean().row(0, named=True)
     cells = []
-    for name in errors[1:]:
+    for name in ERRORS[1:]:
         values = [row[name] for row in rows]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         figures |= {name: statistics.mean(values), f"{name}_std": spread}
@@ -1816,7 +1808,7 @@ def lr_find_command(plot, **told):
     if used := choose({n: v for n, v in told.items() if v}, "epochs", "lr_max", "ensemble"):
         raise Usage(f"{', '.join(used)}: that changes nothing here.")
     check_paths([], plot, endings=PICTURES)
-    curve = find_lr(prepare(start(told, plot), **choose_task(told)))
+    curve = find_lr(prepare(start(told, plot), **choose(told, *TASK)))
     if plot is not None:
         write_picture(plot, plot_lr(curve))
     return curve, [f"{name:8} {curve[name]:.2g}" for name in ("valley", "steepest")]
@@ -1900,17 +1892,15 @@ def predict_command(path, user, item, rated, rate, pairs, output, allow_unknown,
 
 def predict_one(trained: Model, user: str, item: str, *, allow_unknown: bool) -> tuple:
     """What `predict --user --item` returns."""
-    row = find_rows(trained, "user", [user], allow_unknown=allow_unknown).item()
-    is_known = row < len(trained.ids.users)
-    asked = {"user": trained.ids.users[row] if is_known else user, "item": item, "title": item}
-    row = find_item(trained, item, allow_unknown=allow_unknown)
-    if row < len(trained.ids.items):
-        asked |= describe_items(trained, torch.tensor([row])).row(0, named=True)
-    pairs = pl.DataFrame({name: [str(asked[name])] for name in ("user", "item")})
-    value = asked | predict(trained, pairs, allow_unknown=True)[:, 2:].row(0, named=True)
-    average = "" if value["is_known"] else ", in part as average"
-    if not allow_unknown:
-        del value["is_known"]
+    user_row = find_rows(trained, "user", [user], allow_unknown=allow_unknown)
+    item_row = torch.tensor([find_item(trained, item, allow_unknown=allow_unknown)])
+    rows, value = (user_row, item_row), {"user": user, "item": item, "title": item}
+    known = [row.item() < len(ids) for row, ids in zip(rows, trained.ids, strict=True)]
+    value |= {"user": trained.ids.users[user_row.item()]} if known[0] else {}
+    value |= describe_items(trained, item_row).row(0, named=True) if known[1] else {}
+    value |= {n: v.item() for n, v in find_answers(trained, trained.members, *rows).items()}
+    value |= {"is_known": all(known)} if allow_unknown else {}
+    average = ", in part as average" * (not all(known))
     return value, [format_rating(trained, value, f" by {value['user']}") + average]
 
 
@@ -1918,13 +1908,8 @@ def predict_new(trained: Model, item: str, rated: pl.DataFrame) -> tuple:
     """What `predict --rated --item` returns."""
     items, *columns = to_rated(trained, rated)
     members, row = fold_in(trained, items, *columns), torch.tensor([find_item(trained, item)])
-    each = predict_each(members, torch.tensor([0]), row, head=make_head(*trained.head))
-    mean = each.mean(0)
-    about = {
-        "rating": mean.clamp(*trained.clip),
-        "deviation": (each - mean).square().mean(0).sqrt(),
-    }
-    value = describe_items(trained, row, **about).row(0, named=True)
+    answers = find_answers(trained, members, torch.tensor([0]), row)
+    value = describe_items(trained, row, **answers).row(0, named=True)
     return value, [format_rating(trained, value)]
 
 
@@ -1956,7 +1941,7 @@ def recommend_command(path, user, users, rated, rate, all_users, candidates, out
     check_paths([path, users, candidates], output, endings=TABLES)
     trained, options = load_model(path), choose(told, "n", "by", "include_seen", "min_ratings")
     if candidates is not None:
-        options["candidates"] = read_ids(candidates, "item", how)
+        options["candidates"] = read_table(data.read_items, candidates, **how)["item"]
     if is_new:
         ratings = read_rated(trained, rated, rate, how)
         titles = describe_items(trained, find_items(trained, ratings["item"]))["title"]
@@ -1965,7 +1950,7 @@ def recommend_command(path, user, users, rated, rate, all_users, candidates, out
         return {"rated": rated, "items": found.to_dicts()}, format_frame(found)
     ids = trained.ids.users
     if not all_users:
-        asked = user if users is None else read_ids(users, "user", how)
+        asked = user if users is None else read_table(data.read_users, users, **how)["user"]
         ids = ids.gather(find_rows(trained, "user", asked).numpy())
     if output is None:
         found = recommend(trained, ids, **options)
@@ -1981,14 +1966,6 @@ def recommend_command(path, user, users, rated, rate, all_users, candidates, out
     write_answers(output, ids.alias("user").to_frame().lazy(), answer)
     value = {"n_users": len(ids), "output": str(output)}
     return value, [f"up to {told['n']} items for each of {len(ids):,} users in {output}"]
-
-
-def read_ids(path: Path, name: str, how: dict) -> pl.Series:
-    """The ids in a table of users or items."""
-    table = getattr(data, f"read_{name}s")(path, **how)
-    if table is None:
-        raise ValueError(f"{path}: no table in it that is known: give the path of a file")
-    return table[name]
 
 
 def read_rated(trained: Model, text: str | None, pairs: tuple, how: dict) -> pl.DataFrame:

@@ -252,7 +252,7 @@ MISSING = ("", "nan", "NaN", "NULL", "None", r"\N")
 NOT_THERE = (*MISSING, "<NA>", "NaT")  # of objects of Python
 # ISO 8601, with a blank for its T; then the day first. With - for / and .
 TIMES = ("%F", "%F %R", "%F %R%#z", "%F %T%.f", "%F %T%.f%#z")
-DAYS_FIRST = ("%d-%m-%Y", "%d-%m-%Y %R", "%d-%m-%Y %T%.f")
+TIMES += ("%d-%m-%Y", "%d-%m-%Y %R", "%d-%m-%Y %T%.f")
 UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
 LATEST = 2.6e11  # seconds, in the year 10,208; as milliseconds in 1978
 TEXT = (pl.String, pl.Categorical, pl.Enum)
@@ -321,10 +321,6 @@ class _How(NamedTuple):
     notice: Callable[[str], None] = lambda line: None
 
 
-def _take(how: Mapping[str, object]) -> _How:
-    return _How(**{name: value for name, value in how.items() if value is not None})
-
-
 class _Source(NamedTuple):
     label: str  # what messages call it
     name: str  # of a file, without folders
@@ -334,7 +330,6 @@ class _Source(NamedTuple):
     form: _Form | None = None  # of a text
     places: Mapping[str, int] = MappingProxyType({})  # of columns among the fields; a needed first
     frame: pl.LazyFrame | None = None  # of what is no text
-    head: pl.LazyFrame | None = None  # the first lines of a text
 
 
 ROW = "\n\0"  # a column of line numbers, from 0, called as no other is
@@ -364,12 +359,12 @@ def read_ratings(table: Name | object, *, rating_range: Range | None = None, **h
     when a file can't be read.
     """
     bounds = tuple(map(float, map(np.float32, rating_range or ANY)))  # rounded as a rating is
-    return _read(_scan(table, RATINGS, _take(how)), RATINGS, bounds)
+    return _read(_scan(table, RATINGS, how), RATINGS, bounds)
 
 
 def read_rated(table: Name | object, **how) -> Frame:
     """The ratings of one user, as `read_ratings` of a table in which the column user may lack."""
-    rated = _read(source := _scan(table, RATED, _take(how)), RATED)
+    rated = _read(source := _scan(table, RATED, how), RATED)
     if "user" in rated.columns and (n_users := rated["user"].n_unique()) > 1:
         raise ValueError(f"{source.label}: ratings of {n_users} users: give those of one")
     return rated.drop("user", strict=False)
@@ -383,7 +378,7 @@ def scan_pairs(table: Name | object, **how) -> tuple[pl.LazyFrame, Callable[[int
     says of a row 'FILE, line 17', or 'FILE, row 16' of a frame. All is read once here, in bounded
     memory, for errors as of `read_ratings`: the frame raises none later.
     """
-    source = _scan(table, PAIRS, _take(how))
+    source = _scan(table, PAIRS, how)
     query = _select(source, is_exact=True)
     casts = _list_casts(source, PAIRS)
     casts |= {name: casts[name][-1:] for name in PAIRS.needed}  # `find_rows` minds 7.0
@@ -410,7 +405,7 @@ def scan_pairs(table: Name | object, **how) -> tuple[pl.LazyFrame, Callable[[int
 # Opening a file or a frame.
 
 
-def _scan(table: Name | object, kind: _Kind, how: _How) -> _Source:
+def _scan(table: Name | object, kind: _Kind, how: Mapping) -> _Source:
     source = _open(table, RATINGS_FILES, kind, how)
     if source is None:
         has = f"no {', '.join(RATINGS_FILES)} in it"
@@ -418,16 +413,17 @@ def _scan(table: Name | object, kind: _Kind, how: _How) -> _Source:
     return _find_columns(source, kind)
 
 
-def _open(table: Name | object, names: Sequence[str], kind: _Kind, how: _How) -> _Source | None:
+def _open(table: Name | object, names: Sequence[str], kind: _Kind, how: Mapping) -> _Source | None:
     """A frame, or a file, or of a folder or a zip the one with the first of `names`, else None.
 
     Of a zip with one file that. A pipe (that a signal may interrupt), a member of a zip (whose name
     never becomes a path) and what polars can't read itself are read into memory.
     """
+    how = {name: value for name, value in how.items() if value is not None}
     if not isinstance(table, str | os.PathLike):
         label = f"the frame of {kind.noun}"
         try:
-            return _Source(label, "", how=how, frame=to_lazy(table))
+            return _Source(label, "", how=_How(**how), frame=to_lazy(table))
         except Exception as error:  # of whatever library it is
             raise ValueError(f"{label} cannot be read: {_brief(error)}") from None
     path = Path(table)
@@ -454,10 +450,9 @@ def _open(table: Name | object, names: Sequence[str], kind: _Kind, how: _How) ->
         signal.siginterrupt(signal.SIGINT, True)  # polars has Ctrl-C go on with what waits
         with _naming(path):
             content = path.read_bytes()
+    source = _Source(label, name, path.absolute() if content is None else content, how=_How(**how))
     with _naming(label):
-        return _unpack(
-            _Source(label, name, path.absolute() if content is None else content, how=how)
-        )
+        return _unpack(source)
 
 
 def has_tables(table: Name | object) -> bool:
@@ -547,11 +542,20 @@ def _find_columns(source: _Source, kind: _Kind) -> _Source:
     """The source with its form, and the places among its fields of the columns to be read."""
     scan = {b"PAR1": pl.scan_parquet, b"ARRO": pl.scan_ipc}.get(source.start[:4])
     if source.frame is None and scan is None:
-        with _naming(source.label):
-            head = _scan_lines(source, encoding="utf8-lossy").head(100).collect()
+        head = _collect(source, _scan_lines(source, encoding="utf8-lossy").head(100))
         form, places = _detect(source, kind, head["line"])
-        source = _say(source, form.fields, places)
-        return source._replace(form=form, places=places, head=head.lazy())
+        fields, source = form.fields, source._replace(form=form)
+    else:
+        fields, source, places = _find_typed(source, kind, scan)
+    said = {name: _brief(fields[places[name]]) for name in NAMES if name in places}
+    if source.name not in RATINGS_FILES and any(name != field for name, field in said.items()):
+        listed = ", ".join(f"{name} is {field}" for name, field in said.items())
+        source.how.notice(f"{source.label}: {listed}")
+    return source._replace(places=places)
+
+
+def _find_typed(source: _Source, kind: _Kind, scan: Callable | None) -> tuple:
+    """The fields, the source with its frame, and the places, of what is no text."""
     with _naming(source.label):
         frame = scan(source.content, glob=False, hive_partitioning=False) if scan else source.frame
         schema = frame.collect_schema()
@@ -569,16 +573,7 @@ def _find_columns(source: _Source, kind: _Kind) -> _Source:
                 raise ValueError(f"{source.label}: {why}: {OPTIONS[name]} tells another")
             source.how.notice(f"times are left out: {source.label}: {why}")
             del places[name]
-    return _say(source, fields, places)._replace(frame=frame, places=places)
-
-
-def _say(source: _Source, fields: Sequence[str], places: Mapping[str, int]) -> _Source:
-    """The source, after a notice on which field is which column if their names do not tell."""
-    said = {name: _brief(fields[places[name]]) for name in NAMES if name in places}
-    if source.name not in RATINGS_FILES and any(name != field for name, field in said.items()):
-        listed = ", ".join(f"{name} is {field}" for name, field in said.items())
-        source.how.notice(f"{source.label}: {listed}")
-    return source
+    return fields, source._replace(frame=frame), places
 
 
 def _detect(source: _Source, kind: _Kind, head: pl.Series) -> tuple[_Form, dict[str, int]]:
@@ -674,7 +669,8 @@ def _find_places(
     taken = set(places.values())
     for place, field in enumerate(() if kind.fields else fields):
         if field and place not in taken:  # pandas' index has no name
-            places[field if field not in places else f"{field}_{place}"] = place
+            is_free = field not in (*places, "user", "item")  # which are ids, wherever they are
+            places[field if is_free else f"{field}_{place}"] = place
     return places
 
 
@@ -722,7 +718,7 @@ def _scan_lines(source: _Source, **options) -> pl.LazyFrame:
     return pl.scan_csv(source.content, schema={"line": pl.String}, **options)
 
 
-def _select(source: _Source, *, is_exact: bool = False, is_sample: bool = False) -> pl.LazyFrame:
+def _select(source: _Source, *, is_exact: bool = False) -> pl.LazyFrame:
     """The columns to be read: of a text strings, the first one null where a line is no record.
 
     Exact, quotes are minded, blank lines are left out, and column `ROW` has the line, from 0.
@@ -730,11 +726,8 @@ def _select(source: _Source, *, is_exact: bool = False, is_sample: bool = False)
     form, rows, line = source.form, [ROW] * is_exact, pl.col("line")
     if form is None:
         columns = (pl.nth(place + 1).alias(name) for name, place in source.places.items())
-        frame = source.frame.head(1000) if is_sample else source.frame
-        return frame.with_row_index(ROW).select(*rows, *columns)
+        return source.frame.with_row_index(ROW).select(*rows, *columns)
     lines, n = _scan_lines(source, skip_rows=form.n_headers), len(form.fields)
-    if is_sample and source.head is not None:
-        lines = source.head.slice(form.n_headers)
     lines = lines.with_row_index(ROW, form.n_headers) if is_exact else lines
     has_quote = line.str.contains('"', literal=True)
     if is_exact and form.has_quotes and _collect(source, lines.select(has_quote.any())).item():
@@ -799,8 +792,7 @@ def _read(source: _Source, kind: _Kind, bounds: Range = ANY) -> Frame:
     others = pl.exclude([*casts, ROW])
     for is_exact in (False, True):  # by a sample, which is mostly enough; then by all
         query = _select(source, is_exact=is_exact)
-        sample = query if is_exact else _select(source, is_sample=True)
-        chosen, _ = _choose(source, casts, sample)
+        chosen, _ = _choose(source, casts, query if is_exact else query.head(1000))
         rows = [ROW] * is_exact
         frame = _collect(source, query.select(*rows, *chosen.values(), others))
         if not any(frame[name].null_count() for name in casts):
@@ -816,29 +808,26 @@ def _read(source: _Source, kind: _Kind, bounds: Range = ANY) -> Frame:
         is_whole = times.dtype == pl.Float64 and (times == times.floor()).all()
         frame = frame.with_columns(times.cast(pl.Int64) if is_whole else times)
         if source.name not in RATINGS_FILES:
-            ends = (
-                np.datetime64(int(end), "s").astype("M8[D]") for end in (times.min(), times.max())
-            )
-            source.how.notice("{}: times from {} to {}".format(source.label, *ends) + unit)
+            first, last = np.array([times.min(), times.max()]).astype("M8[s]").astype("M8[D]")
+            source.how.notice(f"{source.label}: times from {first} to {last}{unit}")
     return frame.drop(ROW, strict=False)
 
 
 def _leave_out(source: _Source, frame: Frame, names: list[str], bounds: Range) -> Frame:
     """Without times that can't be read, unless they are named, and, if `skip_bad`, wrong rows."""
-    how, others = source.how, [name for name in names if name != "timestamp"]
-    is_wrong = frame.select(pl.any_horizontal(pl.col(others).is_null())).to_series()
-    if others != names and "timestamp" not in how.columns:
-        is_untimed = frame["timestamp"].is_null() & ~is_wrong
-        if is_untimed.any():
-            why = _explain(source, frame[ROW][is_untimed.arg_max()], "timestamp")
-            how.notice(f"times are left out: {why}")
-            frame, names = frame.drop("timestamp"), others
-    is_wrong = frame.select(pl.any_horizontal(pl.col(names).is_null())).to_series()
-    if is_wrong.any():
-        row = frame.row(is_wrong.arg_max(), named=True)
+    others = [name for name in names if name != "timestamp"]
+    untimed = frame.drop_nulls(others)
+    untimed = untimed.filter(pl.col("timestamp").is_null()) if others != names else untimed.clear()
+    if len(untimed) and "timestamp" not in source.how.columns:
+        why = _explain(source, untimed[ROW][0], "timestamp")
+        source.how.notice(f"times are left out: {why}")
+        frame, names = frame.drop("timestamp"), others
+    wrong = frame.filter(pl.any_horizontal(pl.col(names).is_null()))
+    if len(wrong):
+        row = wrong.row(0, named=True)
         why = _explain(source, row[ROW], next(n for n in names if row[n] is None), bounds)
-        _refuse(source, is_wrong.sum(), why)
-    return frame.filter(~is_wrong)
+        _refuse(source, len(wrong), why)
+    return frame.drop_nulls(names)
 
 
 def _refuse(source: _Source, n_wrong: int, why: str) -> None:
@@ -925,16 +914,11 @@ def _cast(name: str, dtype: pl.DataType, bounds: Range, is_comma: bool) -> list[
         return [pl.when(number.abs() < 2.0**63).then(number)]
     number = bare.cast(pl.Float64, strict=False)
     iso = bare.str.replace(r"^(\d+)[/.](\d+)[/.](\d+)", "$1-$2-$3")
-    iso = (
-        iso.str.extract(r"^((?:\d{4}-|\d\d?-\d\d?-\d{4}).*)")
-        .str.replace("[Tt]", " ")
-        .str.replace("[Zz]$", "+00:00")
-    )
-    casts = [column.cast(pl.Int64, strict=False), pl.when(number.abs() < 2.0**63).then(number)]
-    for forms in (TIMES, DAYS_FIRST):
-        times = (iso.str.to_datetime(form, strict=False, time_unit="us") for form in forms)
-        casts.append(_divide(pl.coalesce(time.dt.epoch("us") for time in times), 10**6))
-    return casts
+    iso = iso.str.extract(r"^((?:\d{4}-|\d\d?-\d\d?-\d{4}).*)")
+    iso = iso.str.replace("[Tt]", " ").str.replace("[Zz]$", "+00:00")
+    times = (iso.str.to_datetime(form, strict=False, time_unit="us") for form in TIMES)
+    time = _divide(pl.coalesce(time.dt.epoch("us") for time in times), 10**6)
+    return [column.cast(pl.Int64, strict=False), pl.when(number.abs() < 2.0**63).then(number), time]
 
 
 def _to_seconds(most: float) -> tuple[str, pl.Expr]:
@@ -958,11 +942,9 @@ def read_users(table: Name | object, **how) -> Frame | None:
     MovieLens: user and age Int64, gender, occupation, zip_code String. (In users.dat an occupation
     is a number, and an age the lowest of its group.)
     """
-    users, is_own = _read_table(table, USERS, USERS_FILES, _take(how))
-    if is_own or users is None:
-        return users
     age = pl.col("age").cast(pl.Int64, strict=False)
-    return users.select("user", age, "gender", "occupation", "zip_code")
+    columns = "user", age, "gender", "occupation", "zip_code"
+    return _read_table(table, USERS, USERS_FILES, how, lambda users: users.select(columns))
 
 
 def read_items(table: Name | object, **how) -> Frame | None:
@@ -974,9 +956,10 @@ def read_items(table: Name | object, **how) -> Frame | None:
     own with a header: `_to_side` tells what becomes of its columns. ValueError as in
     `read_ratings`, and for an id that is there twice.
     """
-    films, is_own = _read_table(table, ITEMS, ITEMS_FILES, _take(how))
-    if is_own or films is None:
-        return films
+    return _read_table(table, ITEMS, ITEMS_FILES, how, _to_films)
+
+
+def _to_films(films: Frame) -> Frame:
     title, genres = pl.col("title").str.strip_chars(), pl.col("genres")
     if "year" in films:  # of RecBole, where the film without a title is misspelt, and is its year
         full = pl.format("{} ({})", title, "year")
@@ -991,35 +974,33 @@ def read_items(table: Name | object, **how) -> Frame | None:
 
 
 def _read_table(
-    table: Name | object, kind: _Kind, forms: Mapping[str, _Form], how: _How
-) -> tuple[Frame | None, bool]:
-    """A table of users or items, and whether it is one's own, not MovieLens's."""
+    table: Name | object, kind: _Kind, forms: Mapping[str, _Form], how: Mapping, finish: Callable
+) -> Frame | None:
+    """A table of users or items, one's own, or MovieLens's, of which `finish` makes its columns."""
     source, (key,) = _open(table, forms, kind, how), kind.needed
     if source is None:
-        return None, False
-    is_own = source.name not in forms or (key in how.columns and source.label == str(table))
+        return None
+    is_own = source.name not in forms or (key in source.how.columns and source.label == str(table))
     if is_own:
         source = _find_columns(source, kind)
     else:
-        content = source.content
+        content, form = source.content, forms[source.name]
         content = content if isinstance(content, bytes) else content.read_bytes()
-        with suppress(UnicodeDecodeError):
-            content = content.decode()
-        if isinstance(content, bytes):  # as the films of ml-100k and ml-1m
-            content = content.decode("latin-1")
-        form = forms[source.name]
+        try:
+            content.decode()
+        except UnicodeDecodeError:  # as the films of ml-100k and ml-1m
+            content = content.decode("latin-1").encode()
         places = {name: place for place, name in enumerate(form.fields) if name}
-        source = source._replace(content=content.encode(), form=form, places=places)
+        source = source._replace(content=content, form=form, places=places)
     frame = _read(source, kind)
     if (is_twice := frame[key].is_duplicated()).any():
         twice = frame[key].filter(is_twice)[0]
-        raise ValueError(
-            f"{source.label}: the {key} {twice!r} is there twice: leave one line of it"
-        )
-    if is_own:
-        others = frame.drop(key).columns
-        frame = Frame({key: frame[key]} | {n: _to_side(source, n, frame[n]) for n in others})
-    return frame, is_own
+        where = f"{source.label}: the {key} {twice!r} is there twice"
+        raise ValueError(f"{where}: leave one line of it")
+    if not is_own:
+        return finish(frame)
+    others = frame.drop(key).columns
+    return Frame({key: frame[key]} | {n: _to_side(source, n, frame[n]) for n in others})
 
 
 def _to_side(source: _Source, name: str, column: pl.Series) -> pl.Series:

@@ -436,9 +436,6 @@ def add_user(
     return rows._replace(user_factors=factors, user_bias=bias)
 
 
-# Similar items, components, likings
-
-
 # Lists: what people pick, which is not what they rate highly.
 
 
@@ -489,6 +486,9 @@ def score_tastes(tastes: Tensor, rated: Sequence[Tensor], counts: Tensor) -> Ten
         if len(items):
             torch.sum(tastes[items], 0, out=own)
     return sums @ tastes.T
+
+
+# Similar items, components, likings
 
 
 def find_similar(factors: Sequence[Tensor], row: int) -> Tensor:

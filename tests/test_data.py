@@ -179,8 +179,7 @@ def test_any_ratings_are_read_as_they_were_written(tmp_path_factory, name, sourc
     assert read.schema == expected.schema
     pairs, locate = data.scan_pairs(path)
     pairs = pairs.collect(engine="streaming")
-    texts = {"user": polars.String, "item": polars.String}
-    assert pairs.drop("row").equals(expected.drop("rating").cast(texts))
+    assert pairs.drop("row").equals(table.drop("rating"))
     if name == "csv":
         n_lines = [1 + (user + item).count("\n") for user, item, _ in rows]
         starts = itertools.accumulate(n_lines[:-1], initial=2)
@@ -386,9 +385,9 @@ HAVE = [
     ("é,2,3\n".encode("latin-1"), [("é", 2, 3)], {"encoding": "latin-1"}),
     ("€,2,3\n".encode("cp1252"), [("€", 2, 3)], {"encoding": "cp1252"}),
     ("user,item,rating\né,2,3\n".encode("utf-16"), [("é", 2, 3)], {"encoding": "utf-16"}),
-    (gzip.compress("é 2 3\n".encode("latin-1")), [("é", 2, 3)], {"encoding": "latin-1"}),
+    (gzip.compress("é 2 3\n".encode("latin-1"), mtime=0), [("é", 2, 3)], {"encoding": "latin-1"}),
     (bz2.compress(b"1\t2\t3\n"), [(1, 2, 3)], {}), (lzma.compress(b"1|2|3\n"), [(1, 2, 3)], {}),
-    (gzip.compress(JSON.encode()), [("A1", "007", 5, 1600000000.123)], {}),
+    (gzip.compress(JSON.encode(), mtime=0), [("A1", "007", 5, 1600000000.123)], {}),
     (zipped({"a/any.txt": b"1 2 3\n", "__MACOSX/a/._any.txt": b""}), [(1, 2, 3)], {}),
     (zipped({"x.csv": "é;2;3\n".encode("latin-1")}), [("é", 2, 3)], {"encoding": "latin-1"}),
     (into(THREE.write_parquet), [(1, 2, 3)], {}), (into(THREE.write_ipc), [(1, 2, 3)], {}),
