@@ -1400,7 +1400,7 @@ OPTIONS = {
     "Data": {
         "dataset": (str, "A MovieLens: ml-100k, the default, ml-1m, ml-latest-small ..."),
         "ratings": (FILE, "Instead: a table of user, item, rating[, time], or a MovieLens."),
-        "users": (FILE, "A table of users: what is known of them, or who asks."),
+        "users": (FILE, "A table of users: what is known of them; those to list for."),
         "items": (FILE, "The same for items; titles are shown."),
         "user-column": (str, "The user column's name in the files' headers, or its number from 1."),
         "item-column": (str, "The item column's."),
@@ -1452,15 +1452,15 @@ OPTIONS = {
         "rated": (str, "Instead: a new user's ratings, ITEM:RATING,... or a file of them."),
         "rate": (RATE, "The same, one by one: an item, as --item, and its rating."),
         "all-users": (bool, "Instead: for every user."),
-        "output": (FILE, "Write to this .csv, .tsv or .parquet; .png or .svg; .npz or .parquet."),
+        "output": (FILE, "Write to this file, whose ending tells the form."),
         "plot": (FILE, "Draw the curve to this .png or .svg."),
         "n": (COUNT, "How many.", 10),
         "by": (click.Choice(["taste", "rating"]), "What the user picks, or only likes.", "taste"),
         "include-seen": (bool, "Items that the user has rated, too."),
         "candidates": (FILE, "A table of the items to choose among."),
-        "min-ratings": (click.IntRange(0, 10**9), "Of an item in the list, at least.", 0),
+        "min-ratings": (click.IntRange(0, 10**9), "Leave out items with fewer.", 0),
         "ranking": (bool, "How well the first of each user's list hit, too."),
-        "k": (COUNT, "How many first.", 10),
+        "k": (COUNT, "Length of the lists for --ranking.", 10),
         "min-rating": (NUMBER, "The least rating that is a hit.  [default: any]"),
         "allow-unknown": (bool, "Unknown users and items count as average ones."),
         "json": (bool, "Print JSON."),
@@ -1469,7 +1469,7 @@ OPTIONS = {
 # fmt: on
 COLUMNS = {each: each for each in ("user", "item", "rating", "title")} | {"time": "timestamp"}
 READING = ("user-column", "item-column", "rating-column", "time-column", "encoding", "skip-bad")
-WHOM, RANKING = ("rated", "rate...", "all-users"), ("ranking", "k", "min-rating")
+WHOM, RANKING = ("rated", "rate...", "all-users"), ("ranking", "k", "min-rating", "by")
 LISTS = ("n", "by", "include-seen", "candidates", "min-ratings")
 ALLOWED = ("allow-unknown", "allow-overlap")
 PICTURES, TABLES = (".png", ".svg"), (".csv", ".tsv", ".parquet")
@@ -1831,7 +1831,7 @@ def info_command(path):
 
 
 @command("evaluate", "MODEL", "ratings", *READING, *RANKING, *ALLOWED, "json")
-def evaluate_command(path, ratings, ranking, k, min_rating, **told):
+def evaluate_command(path, ratings, ranking, k, min_rating, by, **told):
     """A saved model's error on the test part of its training, or on other ratings."""
     trained, frame, how = load_model(path), None, choose_reading(told)
     if ratings is None and how["columns"]:
@@ -1842,14 +1842,16 @@ def evaluate_command(path, ratings, ranking, k, min_rating, **told):
         figures = evaluate(trained, frame, **choose(told, "allow_unknown", "allow_overlap"))
     except ValueError:
         if ratings is not None and ratings.is_file() and not told["allow_unknown"]:
-            frame, locate = data.scan_pairs(ratings, **how)  # for the line of an id
-            frame = frame.collect()
-            find_pairs(trained, frame, locate=lambda at: locate(frame["row"][at]))
+            how |= {"notice": lambda line: None}  # it was said
+            scan, locate = data.scan_pairs(ratings, **how)  # for the line of an id
+            rows = scan.collect()
+            about = {"locate": lambda at: locate(rows["row"][at]), "allow_unknown": False}
+            find_pairs(trained, rows, **about)
         raise
     place = ratings or describe_test(trained.figures)
     lines = [f"{format_errors(figures)} on {figures['n_test']:,} ratings of {place}"]
     if ranking:
-        figures |= {"k": k} | rank(trained, frame, k=k, min_rating=min_rating)
+        figures |= {"k": k} | rank(trained, frame, k=k, min_rating=min_rating, by=by)
         lines.append(f"lists of {k} for {figures['n_users']:,} users, and of the most rated items:")
         names = ("precision", "recall", "ndcg", "hit_rate", "mrr")
         columns = [[figures[name], figures["popular"][name]] for name in names]

@@ -374,9 +374,9 @@ def scan_pairs(table: Name | object, **how) -> tuple[pl.LazyFrame, Callable[[int
     """Pairs of a user and an item, to be streamed in file order, and where in the file each is.
 
     As `read_ratings`, but a rating may be missing and is not read. The frame: row Int64, its line;
-    user and item String, exactly as in the file; timestamp Int64, if the file has it. The function
-    says of a row 'FILE, line 17', or 'FILE, row 16' of a frame. All is read once here, in bounded
-    memory, for errors as of `read_ratings`: the frame raises none later.
+    user and item String, exactly as in the file; timestamp Int64, if the file has it and all can be
+    read. The function says of a row 'FILE, line 17', or 'FILE, row 16' of a frame. All is read once
+    here, in bounded memory, for errors as of `read_ratings`: the frame raises none later.
     """
     source = _scan(table, PAIRS, how)
     query = _select(source, is_exact=True)

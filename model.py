@@ -442,7 +442,7 @@ def add_user(
 def find_tastes(
     users: Tensor, items: Tensor, *, n_users: int, n_items: int, n_factors: int = 20
 ) -> Tensor:
-    """Factors of the items by who rated what, (n_items, n_factors), for `score_tastes`: PureSVD.
+    """Factors of the items by who rated what, (n_items, at most n_factors), by PureSVD.
 
     With X (n_users, n_items) one where a user has rated an item and zero elsewhere, whatever the
     rating, they are its first right singular vectors V, so that x V V' is the part of a user's x

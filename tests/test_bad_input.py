@@ -157,6 +157,8 @@ predict m.pt --pairs known.csv --output full.csv | written; plot --output x.png 
 recommend m.pt --all-users --output full.parquet | written; plot --output x.png m.json nan.json |
 recommend m.pt --rated it1:nan | nan it1; recommend m.pt --rated it1:3,nope:3 | nope
 recommend m.pt --rated no.csv | no ratings; recommend m.pt --rated titles.csv | 2 rating
+recommend m.pt --user 'User 1' --candidates d.d | path d.d
+recommend m.pt --users d.d | path d.d
 recommend m.pt --rated film.csv | item Film; plot --output x.png x.json | No such file
 plot --output x.svg word.json |; plot --output x.svg huge.json |; plot --output x.svg none.json |
 map m.pt --output x/x.svg | written; map m.pt --output full.svg | written

@@ -1,6 +1,7 @@
 """The library and the training: what is learned, what it depends on, and what it answers."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -603,3 +604,36 @@ def test_factors_are_exported_with_their_ids(main, tmp_path, plain, timed):
     assert numpy.allclose(table["factors"].to_numpy(), numpy.concatenate([users[0], items[0]]))
     many = collab.export(timed)
     assert many["user_bias"].shape == (len(timed.members), 943, timed.members[0].user_bias.shape[1])
+
+
+def test_times_may_have_fractions(main, tmp_path):
+    """To the model a time is a second, in training, in its file and in questions."""
+    rows = [(u, i, 1 + u * i % 5, 1e9 + 7.25 * u + i) for u in range(1, 21) for i in range(1, 21)]
+    frame = polars.DataFrame(rows, ["user", "item", "rating", "timestamp"], orient="row")
+    frame.write_csv(tmp_path / "r.csv")
+    done = main("train", "--ratings", "r.csv", "--features", "id,time", "--save", "m.pt")
+    assert done.returncode == 0, done.stderr
+    done = main("evaluate", "m.pt", "--ratings", "r.csv", "--allow-overlap")
+    assert "on 400 ratings" in done.stdout, done.stderr
+    frame.filter(user=1).drop("user").write_csv(tmp_path / "one.csv")
+    done = main("recommend", "m.pt", "--rated", "one.csv", "--include-seen")
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_the_library_is_asked_is_checked(plain, tmp_path):
+    """Frames are of any library, and what is wrong is a ValueError, never an answer."""
+    pair = {"user": [196.0], "item": ["242"]}
+    expected = collab.predict(plain, polars.DataFrame({"user": [196], "item": [242]}))["rating"]
+    assert collab.predict(plain, pair)["rating"].equals(expected)
+    assert len(collab.recommend(plain, rated={"item": [50], "rating": [5]}, n=2)) == 2
+    both = collab.recommend(plain, 196, candidates=[50.0, 172.0], include_seen=True)
+    assert sorted(both["item"]) == [50, 172]
+    for ask, message in (
+        ({"by": "typo"}, "by taste or rating, not 'typo'"), ({"candidates": [0]}, "no candidate"),
+        ({"n": 0}, "n above 0"), ({"rated": {"item": [50], "rating": [6]}}, "not both"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            collab.recommend(plain, 196, **ask)
+    for rating in (6, None, math.nan):
+        with pytest.raises(ValueError, match="is not within 1 to 5"):
+            collab.recommend(plain, rated={"item": [50, 1], "rating": [5, rating]})
