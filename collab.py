@@ -1099,12 +1099,20 @@ def find_rated(trained: Model, users: torch.Tensor, *parts: str) -> list[torch.T
 
 def list_rows(trained: Model, users, *, hidden: tuple, **about) -> pl.DataFrame:
     """`list_top` of the model's users of rows (B,), without what they rated in parts `hidden`."""
-    n_outputs = make_head(*trained.head).n_outputs if about["by"] == "rating" else 1
-    block, lists = SCORES_AT_ONCE // len(trained.ids.items) // n_outputs, []
-    for rows in users.split(max(block, 1)):
+    n_items, n_outputs = len(trained.ids.items), make_head(*trained.head).n_outputs
+    n_kept = count_kept(about["n"], about["by"], n_items)
+    n_scores = n_items * (n_outputs if about["by"] == "rating" else 1)
+    n_floats = n_scores + n_kept * (trained.options["n_factors"] + n_outputs)
+    lists = []
+    for rows in users.split(max(SCORES_AT_ONCE // n_floats, 1)):
         rated = (find_rated(trained, rows, *parts) for parts in (("train",), hidden))
         lists.append(list_top(trained, trained.members, rows, *rated, **about))
     return pl.concat(lists)
+
+
+def count_kept(n: int, by: str, n_items: int) -> int:
+    """Of how many items of the highest score the rating is predicted, for a list of `n`."""
+    return min(max(20 * n, 200) if by == "taste" else n, n_items)
 
 
 def list_top(
@@ -1115,7 +1123,7 @@ def list_top(
     `users` (B,) are rows of the `members`' tables; `rated` and `hidden` have the rows of the items
     that each has rated, and that are left out. `by` taste the order is that of `model.score_tastes`
     plus 0.4 of the place of the predicted rating in the scale, from 0 to 1, which is worked out for
-    the 20 n items, and 200 at least, of the highest taste; by rating, or popular, of that alone.
+    the `count_kept` items of the highest taste; by rating, or popular, it is of that alone.
     """
     n_items, counts, head = len(trained.ids.items), trained.counts[1], make_head(*trained.head)
     check_names("by", (by,), ("taste", "rating", "popular"))
@@ -1129,8 +1137,7 @@ def list_top(
     scores += torch.zeros(n_items).masked_fill(~allowed, -math.inf)
     for own, items in zip(scores, hidden, strict=True):
         own[items] = -math.inf
-    n_kept = max(20 * n, 200) if by == "taste" else n
-    scores, items = scores.topk(min(n_kept, n_items))
+    scores, items = scores.topk(count_kept(n, by, n_items))
     ratings = predict_mean(members, users.unsqueeze(1), items, head=head)
     if by == "taste":
         low, high = trained.clip
