@@ -1102,7 +1102,7 @@ def list_rows(trained: Model, users, *, hidden: tuple, **about) -> pl.DataFrame:
     n_items, n_outputs = len(trained.ids.items), make_head(*trained.head).n_outputs
     n_kept = count_kept(about["n"], about["by"], n_items)
     n_scores = n_items * (n_outputs if about["by"] == "rating" else 1)
-    n_floats = n_scores + n_kept * (trained.options["n_factors"] + n_outputs)
+    n_floats = n_scores + n_kept * (find_factors(trained)[0].shape[1] + n_outputs)
     lists = []
     for rows in users.split(max(SCORES_AT_ONCE // n_floats, 1)):
         rated = (find_rated(trained, rows, *parts) for parts in (("train",), hidden))
