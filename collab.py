@@ -2078,7 +2078,7 @@ def main() -> int:
     except click.ClickException as error:
         status, line = error.exit_code, error.format_message()
         if "unexpected extra argument" in line:
-            line += ": a table of ratings is given by --ratings FILE."
+            line += ": a table is given by an option, as --ratings FILE."
     except OSError as error:
         line = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except ValueError as error:
