@@ -379,9 +379,7 @@ def choose_features(source: Source, kinds: tuple, given: dict, notice=lambda lin
 
 def make_task(parts: list, source: Source, kinds: tuple, *, allow_overlap: bool) -> Task:
     """The tensors of a `Task` from its train and test frames, which leave `parts` meanwhile."""
-    # The unit of times in a model is a second.
-    seconds = [pl.col("timestamp").floor().cast(pl.Int64)] if "time" in kinds else []
-    frame, test_frame = (part.with_columns(*seconds) for part in parts)
+    frame, test_frame = map(data.floor_times, parts) if "time" in kinds else parts
     parts.clear()  # so that nobody holds the frames when they are let go of below
     about = {"users": source.users, "items": source.items}
     part, test, ids = data.to_tensors(frame, test_frame, allow_overlap=allow_overlap, **about)
@@ -952,7 +950,7 @@ def find_columns(trained: Model, pairs: pl.DataFrame, **options) -> tuple:
     rows = find_pairs(trained, pairs, **options)
     if "time" not in trained.options["features"] or "timestamp" not in pairs.columns:
         return rows
-    times = pairs["timestamp"].floor().cast(pl.Int64).to_torch()
+    times = data.floor_times(pairs)["timestamp"].to_torch()
     asked = to_frame(NAMES, *rows, torch.zeros(len(pairs)), times)
     return *rows, data.pair_context(find_history(trained), asked)
 
@@ -1157,8 +1155,7 @@ def to_rated(trained: Model, rated: pl.DataFrame) -> tuple:
     Of several ratings of one item the latest counts, of one time or without times the last.
     """
     low, high = map(np.float32, trained.clip)
-    times = [pl.col("timestamp").floor().cast(pl.Int64)] if "timestamp" in rated.columns else []
-    rated = rated.with_columns(pl.col("rating").cast(pl.Float32), *times)
+    rated = data.floor_times(rated).cast({"rating": pl.Float32})
     rows = find_items(trained, rated["item"])
     wrong = rated.filter(~pl.col("rating").is_between(low, high).fill_null(False))
     if len(wrong):

@@ -325,7 +325,7 @@ class _Source(NamedTuple):
     label: str  # what messages call it
     name: str  # of a file, without folders
     content: Path | bytes | None = None  # of a file
-    start: bytes = b""  # the first of it
+    start: bytes = b""  # the first four
     how: _How = _How()
     form: _Form | None = None  # of a text
     places: Mapping[str, int] = MappingProxyType({})  # of columns among the fields; a needed first
@@ -343,8 +343,7 @@ def read_ratings(table: Name | object, *, rating_range: Range | None = None, **h
     zstd, bz2, xz or, alone, zip. Except between `::` and blanks, a field may be in double quotes, a
     quote in it doubled (RFC 4180); between `;` numbers may have decimal commas; blank lines are
     left out. A first line without numbers is a header, its names known by `NAMES`. A frame is of
-    polars or pandas, a dict of columns, or what exports Arrow (`__arrow_c_stream__`,
-    `__dataframe__`).
+    polars or pandas, a dict of columns, or what exports Arrow (`__arrow_c_stream__`).
 
     `how`: `columns`, which field is user, item, rating or timestamp (of a table of items, title),
     by name or by number from 1; `encoding` of a text, if it is not UTF-8; `skip_bad`, to leave out
@@ -433,8 +432,9 @@ def _open(table: Name | object, names: Sequence[str], kind: _Kind, how: Mapping)
         return path and _open(path, names, kind, how)
     if path.suffix == ".zip" or (path.is_file() and zipfile.is_zipfile(path)):
         with _naming(path), zipfile.ZipFile(path) as archive:
-            members = {PurePosixPath(each).name: each for each in _list_members(archive)}
-            alone = members if len(_list_members(archive)) == 1 else ()
+            inside = _list_members(archive)
+            members = {PurePosixPath(each).name: each for each in inside}
+            alone = members if len(inside) == 1 else ()
             name = next((name for name in (*names, *alone) if name in members), None)
             if "workbook.xml" in members:
                 raise ValueError(f"{path}: it is a workbook: save the sheet as CSV")
@@ -472,9 +472,9 @@ def _unpack(source: _Source) -> _Source:
     """The source with its start and, if polars can't read it as it is, in memory, as UTF-8."""
     content, encoding = source.content, source.how.encoding
     with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
-        start = file.read(512)
-        encoding = None if start[:4] in (b"PAR1", b"ARRO") else encoding
-        if encoding and start[:4] == b"\x28\xb5\x2f\xfd":
+        start = file.read(4)
+        encoding = None if start in (b"PAR1", b"ARRO") else encoding
+        if encoding and start == b"\x28\xb5\x2f\xfd":
             raise ValueError(f"{source.label}: zstd and --encoding do not go together: unpack it")
         methods = {b"BZh": bz2.open, b"\xfd7z": lzma.open, b"\x1f\x8b\x08": encoding and gzip.open}
         file.seek(0)
@@ -488,7 +488,7 @@ def _unpack(source: _Source) -> _Source:
         except (LookupError, UnicodeError) as error:
             cure = "try --encoding latin-1, cp1252 or utf-16"
             raise ValueError(f"{source.label}: {_brief(error)}: {cure}") from None
-    return source._replace(content=content, start=content[:512] if encoding or method else start)
+    return source._replace(content=content, start=content[:4] if encoding or method else start)
 
 
 @contextmanager
@@ -540,7 +540,7 @@ def to_series(column: object) -> pl.Series:
 
 def _find_columns(source: _Source, kind: _Kind) -> _Source:
     """The source with its form, and the places among its fields of the columns to be read."""
-    scan = {b"PAR1": pl.scan_parquet, b"ARRO": pl.scan_ipc}.get(source.start[:4])
+    scan = {b"PAR1": pl.scan_parquet, b"ARRO": pl.scan_ipc}.get(source.start)
     if source.frame is None and scan is None:
         head = _collect(source, _scan_lines(source, encoding="utf8-lossy").head(100))
         form, places = _detect(source, kind, head["line"])
@@ -1063,6 +1063,12 @@ def find_rows(ids: pl.Series, values: pl.Series) -> pl.Series:
         ids, values = ids.cast(pl.String), values.cast(pl.String)
     known = Frame({"id": ids, "row": np.arange(len(ids))})
     return Frame({"id": values}).join(known, "id", "left", maintain_order="left")["row"]
+
+
+def floor_times(ratings: Frame) -> Frame:
+    """The frame with its timestamps, if it has any, in whole seconds: Int64, as in a model."""
+    times = [pl.col("timestamp").floor().cast(pl.Int64)] if "timestamp" in ratings.columns else []
+    return ratings.with_columns(*times)
 
 
 def drop_repeats(ratings: Frame) -> Frame:

@@ -405,12 +405,17 @@ HAVE = [
 ]  # fmt: skip
 
 
+def put(folder, content):
+    """A file of a text or of bytes; what is a frame stays one."""
+    if not isinstance(content, str | bytes):
+        return content
+    (folder / "any").write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder / "any"
+
+
 @pytest.mark.parametrize(("content", "rows", "how"), HAVE)
 def test_ratings_as_people_have_them(tmp_path, content, rows, how):
-    table = content
-    if isinstance(content, str | bytes):
-        table = tmp_path / "any"
-        table.write_bytes(content.encode() if isinstance(content, str) else content)
+    table = put(tmp_path, content)
     names = ["user", "item", "rating", "timestamp"]
     expected = polars.DataFrame(rows, names[: len(rows[0])], orient="row")
     expected = expected.cast({"rating": polars.Float32})
@@ -465,10 +470,7 @@ BAD = [
 
 @pytest.mark.parametrize(("content", "words"), BAD)
 def test_what_people_have_is_refused_with_a_cure(tmp_path, content, words):
-    table = content
-    if isinstance(content, str | bytes):
-        table = tmp_path / "any"
-        table.write_bytes(content.encode() if isinstance(content, str) else content)
+    table = put(tmp_path, content)
     with pytest.raises(ValueError, match=r"any|frame") as caught:
         read_ratings(table)
     line = str(caught.value)
