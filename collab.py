@@ -647,9 +647,7 @@ def make_model(task: Task, tables: list[torch.Tensor], rows: list[dict]) -> Mode
     about |= {"user_ids": user_ids, "item_ids": item_ids}
     users, items, ratings, *_ = task.train
     columns = [users.int(), items.int(), *([] if task.times is None else [ratings, task.times])]
-    if not (users[1:] >= users[:-1]).all():  # as only a test file of one's own leaves them
-        order = torch.argsort(users, stable=True)
-        columns = [column[order] for column in columns]
+    columns = sort_by_user(columns)
     shape = {"n_users": len(user_ids), "n_items": len(item_ids)}
     tastes = model.find_tastes(*columns[:2], **shape, n_factors=N_TASTES)
     every = torch.stack(tables), *task.seen, *columns[:2], tastes
@@ -660,10 +658,18 @@ def make_model(task: Task, tables: list[torch.Tensor], rows: list[dict]) -> Mode
         tensors |= zip(find_forms("features"), (lines, *entries), strict=True)
     tensors |= zip(find_forms("time"), columns[2:], strict=False)
     if len(task.test[0]):
-        order = torch.argsort(task.test[0], stable=True)
-        test = [column[order] for column in task.test]
+        test = sort_by_user(task.test)
         tensors |= zip(find_forms("test", "context"), test, strict=False)
     return assemble(about, tensors)
+
+
+def sort_by_user(columns):
+    """Columns (N, ...), of which the first is of users, in order: as only a test file is not."""
+    users = columns[0]
+    if (users[1:] >= users[:-1]).all():
+        return columns
+    order = torch.argsort(users, stable=True)
+    return [column[order] for column in columns]
 
 
 def assemble(about: dict, tensors: dict) -> Model:
