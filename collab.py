@@ -39,7 +39,7 @@ import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -334,7 +334,7 @@ def prepare(
     kinds = options["features"] = choose_features(source, options["features"], given, notice)
     split, parts = split or source.split, [source.ratings, source.test]
     if source.test is None:
-        is_timed = "time" in kinds or split.startswith("last")
+        is_timed = "time" in kinds or split.startswith(("last", "by-date"))
         ratings = source.ratings if is_timed else source.ratings.drop("timestamp", strict=False)
         parts = [*data.split(ratings, split, seed=seed)]
         parts = parts if holdout is None else [*data.hold_out(parts[0], holdout, seed=seed)]
@@ -350,8 +350,10 @@ def prepare(
     n_unseen = [(counts == 0).sum().item() for counts in task.counts]
     if any(n_unseen):
         how = "by their features" if all(seen.all() for seen in task.seen) else "as average"
-        text = "without training ratings: {} users, {} items; predicted {}"
-        notice(text.format(*n_unseen, how))
+        pairs = zip(task.counts, task.test, strict=False)
+        n_tested = torch.stack([counts[rows] == 0 for counts, rows in pairs]).any(0).sum().item()
+        text = "without training ratings: {:,} users, {:,} items, in {:,} of the test; predicted {}"
+        notice(text.format(*n_unseen, n_tested, how))
     figures = {"recipe": recipe, "dataset": source.name, "split": split, "seed": seed}
     figures |= {"options": options, "n_users": n_users, "n_items": n_items}
     figures |= {"n_train": len(ratings), "n_test": len(task.test[2])}
@@ -948,17 +950,36 @@ def find_pairs(trained: Model, pairs: pl.DataFrame, **options) -> tuple:
     return tuple(find_rows(trained, name, pairs[name], **options) for name in ("user", "item"))
 
 
-def find_columns(trained: Model, pairs: pl.DataFrame, **options) -> tuple:
-    """Rows of users and items of a frame of raw ids, and with the feature time their context.
+def find_columns(trained: Model, pairs: pl.DataFrame, time=None, **options) -> tuple:
+    """Rows of users and items of a frame of raw ids, and their context, as of `find_context`.
 
-    `options` are those of `find_rows`. Without timestamps there is no context.
+    `options` are those of `find_rows`; `time` is for a frame without timestamps.
     """
     rows = find_pairs(trained, pairs, **options)
-    if "time" not in trained.options["features"] or "timestamp" not in pairs.columns:
-        return rows
-    times = data.floor_times(pairs)["timestamp"].to_torch()
-    asked = to_frame(NAMES, *rows, torch.zeros(len(pairs)), times)
-    return *rows, data.pair_context(find_history(trained), asked)
+    if "timestamp" in pairs.columns and "time" in trained.options["features"]:
+        time = data.floor_times(pairs)["timestamp"].to_torch()
+    return *rows, *find_context(trained, rows[0], time)
+
+
+def find_context(trained: Model, users: torch.Tensor, time=None) -> tuple:
+    """The context of users of rows (N,), (N, S), with the feature time; nothing without it.
+
+    At `time`, Unix seconds for all or int64 (N,), or the moment after each's last training rating.
+    """
+    if "time" not in trained.options["features"]:
+        if time is not None:
+            raise ValueError("a model without the feature time predicts the same at any time")
+        return ()
+    history = find_history(trained)
+    return data.time_context(history, list_moments(history, users, time))[1:]
+
+
+def list_moments(history: pl.DataFrame, users: torch.Tensor, time=None) -> pl.DataFrame:
+    """A frame of user and timestamp: each of `users` (N,) at `time`, or after the last rating."""
+    if time is not None:
+        return to_frame(("user", "timestamp"), users, torch.as_tensor(time).expand(len(users)))
+    last = history.group_by("user").agg(pl.col("timestamp").max() + 1)
+    return to_frame(("user",), users).join(last, "user", "left", maintain_order="left").fill_null(0)
 
 
 def find_answers(trained: Model, members: list, *columns: torch.Tensor) -> dict:
@@ -972,9 +993,10 @@ def find_answers(trained: Model, members: list, *columns: torch.Tensor) -> dict:
 def predict(trained: Model, pairs: pl.DataFrame, **options) -> pl.DataFrame:
     """A frame of user, item, rating, deviation for a frame of user, item[, timestamp], raw ids.
 
-    The deviation is that of the ensemble's members, 0 for a single one. ValueError for an unknown
-    id; with the option `allow_unknown=True` it is predicted as the average one, and a column
-    is_known tells which are not.
+    With the feature time pairs without timestamps are asked about at `time`, Unix seconds, or the
+    moment after the user's last training rating. The deviation is that of the ensemble's members, 0
+    for a single one. ValueError for an unknown id; with the option `allow_unknown=True` it is
+    predicted as the average one, and a column is_known tells which are not.
     """
     pairs = data.to_lazy(pairs).collect()
     columns = find_columns(trained, pairs, **options)
@@ -1056,6 +1078,7 @@ def recommend(
     include_seen: bool = False,
     candidates=None,
     min_ratings: int = 0,
+    time: int | None = None,
 ) -> pl.DataFrame:
     """The `n` items that a user will pick and like: a frame of user, rank, item, title, rating.
 
@@ -1064,7 +1087,8 @@ def recommend(
     `by` "rating" of the predicted rating alone. Left out are items that a user has rated, in the
     training or the test part or there, unless `include_seen`, those not among the raw ids
     `candidates`, if given, or with fewer than `min_ratings` training ratings, and those of which
-    nothing is known. ValueError for what the model does not know.
+    nothing is known. With the feature time the ratings are those at `time`, Unix seconds, or at the
+    moment after the user's last rating. ValueError for what the model does not know.
     """
     if (users is None) == (rated is None) or n < 1:
         raise ValueError(f"give a user or what one has rated, not both, and n above 0, not {n}")
@@ -1079,11 +1103,12 @@ def recommend(
     about = {"n": n, "by": by, "allowed": allowed}
     if rated is None:
         rows = find_rows(trained, "user", [users] if np.ndim(users) == 0 else users)
-        top = list_rows(trained, rows, hidden=() if include_seen else ("train", "test"), **about)
+        about |= {"hidden": () if include_seen else ("train", "test"), "time": time}
+        top = list_rows(trained, rows, **about)
     else:
         items, *columns = to_rated(trained, data.to_lazy(rated).collect())
-        members, hidden = fold_in(trained, items, *columns), [items[: 0 if include_seen else None]]
-        top = list_top(trained, members, torch.tensor([0]), [items], hidden, **about)
+        members = fold_in(trained, items, *columns, asked=time)
+        top = list_top(trained, members, [items], [items[: 0 if include_seen else None]], **about)
     items, ratings = top["item"].to_torch(), top["rating"].clip(*trained.clip).to_torch()
     found = describe_items(trained, items, rating=ratings).with_columns(top["rank"])
     user = [] if rated is not None else [trained.ids.users.gather(top["user"]).alias("user")]
@@ -1101,16 +1126,22 @@ def find_rated(trained: Model, users: torch.Tensor, *parts: str) -> list[torch.T
     return rated
 
 
-def list_rows(trained: Model, users, *, hidden: tuple, **about) -> pl.DataFrame:
-    """`list_top` of the model's users of rows (B,), without what they rated in parts `hidden`."""
+def list_rows(trained: Model, users, *, hidden: tuple, time=None, **about) -> pl.DataFrame:
+    """`list_top` of the model's users of rows (B,), without what they rated in parts `hidden`.
+
+    It is for the moment `time`, as in `find_context`.
+    """
     n_items, n_outputs = len(trained.ids.items), make_head(*trained.head).n_outputs
     n_kept = count_kept(about["n"], about["by"], n_items)
     n_scores = n_items * (n_outputs if about["by"] == "rating" else 1)
     n_floats = n_scores + n_kept * (find_factors(trained)[0].shape[1] + n_outputs)
-    lists = []
-    for rows in users.split(max(SCORES_AT_ONCE // n_floats, 1)):
-        rated = (find_rated(trained, rows, *parts) for parts in (("train",), hidden))
-        lists.append(list_top(trained, trained.members, rows, *rated, **about))
+    columns, lists = (users, *find_context(trained, users, time)), []
+    blocks = (column.split(max(SCORES_AT_ONCE // n_floats, 1)) for column in columns)
+    for block in zip(*blocks, strict=True):
+        members = [model.take_users(rows, *block) for rows in trained.members]
+        rated = (find_rated(trained, block[0], *parts) for parts in (("train",), hidden))
+        top = list_top(trained, members, *rated, **about)
+        lists.append(top.with_columns(user=pl.Series(block[0].numpy()).gather(top["user"])))
     return pl.concat(lists)
 
 
@@ -1120,28 +1151,29 @@ def count_kept(n: int, by: str, n_items: int) -> int:
 
 
 def list_top(
-    trained: Model, members: list, users, rated: list, hidden: list, *, n, by, allowed=None
+    trained: Model, members: list, rated: list, hidden: list, *, n, by, allowed=None
 ) -> pl.DataFrame:
     """The first `n` items for each user: a frame of user, rank, item, predicted rating, all rows.
 
-    `users` (B,) are rows of the `members`' tables; `rated` and `hidden` have the rows of the items
-    that each has rated, and that are left out. `by` taste the order is that of `model.score_tastes`
+    Users are those of the `members`' tables; `rated` and `hidden` have the rows of the items that
+    each has rated, and that are left out. `by` taste the order is that of `model.score_tastes`
     plus 0.4 of the place of the predicted rating in the scale, from 0 to 1, which is worked out for
     the `count_kept` items of the highest taste; by rating, or popular, it is of that alone.
     """
     n_items, counts, head = len(trained.ids.items), trained.counts[1], make_head(*trained.head)
     check_names("by", (by,), ("taste", "rating", "popular"))
     if by == "rating":
-        scores = model.predict_all(members, users, n_items=n_items, head=head)
+        scores = model.predict_all(members, n_items=n_items, head=head)
     elif by == "taste":
         scores = model.score_tastes(trained.tensors["tastes"], rated, counts)
     else:
-        scores = counts.float().repeat(len(users), 1)
+        scores = counts.float().repeat(len(rated), 1)
     allowed = trained.seen[1] if allowed is None else allowed
     scores += torch.zeros(n_items).masked_fill(~allowed, -math.inf)
     for own, items in zip(scores, hidden, strict=True):
         own[items] = -math.inf
     scores, items = scores.topk(count_kept(n, by, n_items))
+    users = torch.arange(len(rated))
     ratings = predict_mean(members, users.unsqueeze(1), items, head=head)
     if by == "taste":
         low, high = trained.clip
@@ -1173,11 +1205,15 @@ def to_rated(trained: Model, rated: pl.DataFrame) -> tuple:
     return columns[0], columns[1].float(), *columns[2:]
 
 
-def fold_in(trained: Model, items, ratings, times=None, *, width: float = PRIOR_WIDTH) -> list:
+def fold_in(
+    trained: Model, items, ratings, times=None, *, asked=None, width: float = PRIOR_WIDTH
+) -> list:
     """Tables as `Model.members` with one user: who gave `ratings` (N,) to the items of rows (N,).
 
     By `model.add_user`; `width` is that of `model.find_prior`. Where the model has implicit
-    features, the items rated tell of the user through these too.
+    features, the items rated tell of the user through these too. With the feature time and `times`
+    (N,) of the ratings it is the user at the moment after the last of them, or `asked`, Unix
+    seconds; of a tensor of these (B,) each makes a row.
     """
     kinds, (n_users, n_items) = trained.options["features"], map(len, trained.ids)
     about = {"head": make_head(*trained.head), "noise": 1.0}
@@ -1185,10 +1221,15 @@ def fold_in(trained: Model, items, ratings, times=None, *, width: float = PRIOR_
     if "unit" in trained.head[1]:  # the squared error has no scale of its own, as ordinal has
         loss = trained.figures["epochs"][-1]["train_loss"]
         about["noise"] = 2 * loss / trained.head[1]["unit"] ** 2
+    whom, moments = torch.zeros(1).long(), ()
+    if asked is not None and ("time" not in kinds or times is None):
+        raise ValueError("a time needs a model of the feature time, and times of what is rated")
     if "time" in kinds and times is not None and len(items):
-        own = to_frame(NAMES, torch.full_like(items, n_users), items, ratings, times)
-        history = find_history(trained).vstack(own)
-        about["context"] = data.time_context(history, history.clear())[0][-len(items) :]
+        user = torch.full_like(items, n_users)
+        history = find_history(trained).vstack(to_frame(NAMES, user, items, ratings, times))
+        whom = whom.new_zeros(1 if asked is None else torch.as_tensor(asked).numel())
+        context, *moments = data.time_context(history, list_moments(history, whom + n_users, asked))
+        about["context"] = context[-len(items) :]
     parts = [None] * len(trained.members)
     if "implicit" in kinds:
         first = n_users if "id" in kinds else 0
@@ -1201,7 +1242,8 @@ def fold_in(trained: Model, items, ratings, times=None, *, width: float = PRIOR_
     folded = []
     for rows, implicit in zip(trained.members, parts, strict=True):
         prior = model.find_prior(rows, users, width=width, implicit=implicit)
-        folded.append(model.add_user(rows, items, ratings, prior=prior, **about))
+        added = model.add_user(rows, items, ratings, prior=prior, **about)
+        folded.append(model.take_users(added, whom, *moments))
     return folded
 
 
@@ -1399,6 +1441,14 @@ def to_names(text) -> tuple[str, ...]:
     return tuple(text.split(",") if isinstance(text, str) else text)
 
 
+def to_seconds(text: str) -> int:
+    """Unix seconds of a date of ISO 8601, of UTC unless it tells, or of their number."""
+    if text.isdecimal():
+        return int(text[:18])
+    moment = datetime.fromisoformat(text)
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+
+
 FILE, COUNT = click.Path(path_type=Path), click.IntRange(1, 10**6)
 POSITIVE, SHARE = click.FloatRange(0, LARGEST, min_open=True), click.FloatRange(0, 1, max_open=True)
 PART = click.FloatRange(0, 1, min_open=True, max_open=True)
@@ -1423,7 +1473,7 @@ OPTIONS = {
         "data-dir": (FILE, "Folder of the data.  [default: the user's cache]"),
     },
     "Split": {
-        "split": (str, "ua, ub, u1 to u5 (ml-100k only), random; last10, last1 ... by time; none."),
+        "split": (str, "ua, ub, u1 to u5 (ml-100k only), random, last10 ..., by-date, none."),
         "test": (FILE, "Test on the ratings of this file; no split."),
         "allow-overlap": (bool, "Pairs of the training part may be tested on."),
         "holdout": (PART, "Test on this share of the training part: the test part is not read"),
@@ -1456,11 +1506,13 @@ OPTIONS = {
     "Options": {
         "splits": (to_names, "Published ones, to test on in turn.  [ml-100k: u1,u2,u3,u4,u5]"),
         "folds": (click.IntRange(2), "Cut the ratings at random into this many.  [other data: 5]"),
+        "by-date": (COUNT, "Test on this many parts by time, each after all before it."),
         "user": (str, "Its id; recommend takes more than one."),
         "item": (str, "Its id, or a part of its title that no other has."),
         "pairs": (FILE, "Instead: a table of user, item[, time], of any length."),
         "rated": (str, "Instead: a new user's ratings, ITEM:RATING,... or a file of them."),
         "rate": (RATE, "The same, one by one: an item, as --item, and its rating."),
+        "time": (to_seconds, "When, for the feature time.  [default: after the last rating]"),
         "all-users": (bool, "Instead: for every user."),
         "output": (FILE, "Write to this file, whose ending tells the form."),
         "plot": (FILE, "Draw the curve to this .png or .svg."),
@@ -1480,7 +1532,7 @@ OPTIONS = {
 COLUMNS = {each: each for each in ("user", "item", "rating", "title")} | {"time": "timestamp"}
 READING = ("user-column", "item-column", "rating-column", "time-column", "encoding", "skip-bad")
 WHOM, RANKING = ("rated", "rate...", "all-users"), ("ranking", "k", "min-rating", "by")
-LISTS = ("n", "by", "include-seen", "candidates", "min-ratings")
+LISTS = ("n", "time", "by", "include-seen", "candidates", "min-ratings")
 ALLOWED = ("allow-unknown", "allow-overlap")
 PICTURES, TABLES = (".png", ".svg"), (".csv", ".tsv", ".parquet")
 TASK = ("recipe", "seed", "split", "holdout", "allow_overlap", *DEFAULT)  # what `prepare` takes
@@ -1772,24 +1824,30 @@ def describe_test(figures: dict) -> str:
     return f"{share}{figures['split']}"
 
 
-@command("cross-validate", "Data", "splits", "folds", "Training", "Recipe", "metrics")
-def cross_validate_command(splits, folds, metrics, **told):
+@command("cross-validate", "Data", "splits", "folds", "by-date", "Training", "Recipe", "metrics")
+def cross_validate_command(splits, folds, by_date, metrics, **told):
     """Train and test on several splits: each one's error, the mean and the spread."""
     if (n_processes := find_processes()[1]) > 1:
         raise Usage(f"cross-validate is of one process, not of {n_processes}.")
+    if sum(each is not None for each in (splits, folds, by_date)) > 1:
+        raise Usage("give one of --splits, --folds and --by-date.")
     source, rows = start(told, metrics), []
-    if splits is None and folds is None and source.name != "ml-100k":
-        folds = 5
+    ratings, n_parts = source.ratings, folds or by_date
+    if splits is None and n_parts is None and source.name != "ml-100k":
+        folds = n_parts = 5
     splits = splits or data.PUBLISHED_SPLITS[2:]
     check_names("--splits", splits, data.PUBLISHED_SPLITS)
-    parts = zip(splits, (data.split(source.ratings, name) for name in splits), strict=True)
     if folds:
-        names = [f"{number + 1}/{folds}" for number in range(folds)]
-        parts = zip(names, data.fold(source.ratings, folds, seed=told["seed"]), strict=True)
+        parts = data.fold(ratings, folds, seed=told["seed"])
+    elif by_date:
+        parts = data.fold_by_date(ratings, by_date)
+    else:
+        parts = (data.split(ratings, name) for name in splits)
+    names = [f"{number + 1}/{n_parts}" for number in range(n_parts)] if n_parts else splits
     say_once = cache(notice)
     say(" fold | test_rmse | test_mae |    time")
-    for name, (ratings, test) in parts:
-        part = source._replace(ratings=ratings, test=test)
+    for name, (part, test) in zip(names, parts, strict=True):
+        part = source._replace(ratings=part, test=test)
         figures = train_model(prepare(part, **choose(told, *TASK), notice=say_once)).figures
         row = {"fold": name, "seconds": figures["fit_seconds"]}
         rows.append(row | choose(figures, *ERRORS, "baselines"))
@@ -1870,18 +1928,18 @@ def evaluate_command(path, ratings, ranking, k, min_rating, by, **told):
     return figures, lines
 
 
-PREDICT = ("user", "item", *WHOM[:2], "pairs", *READING, "output", *ALLOWED[:1], "json")
+PREDICT = ("user", "item", *WHOM[:2], "time", "pairs", *READING, "output", *ALLOWED[:1], "json")
 
 
 @command("predict", "MODEL", *PREDICT)
-def predict_command(path, user, item, rated, rate, pairs, output, allow_unknown, **told):
+def predict_command(path, user, item, rated, rate, pairs, output, **told):
     """The rating that a user will give an item, or those of a table of pairs."""
-    how, options = choose_reading(told), {"allow_unknown": allow_unknown}
+    how, options = choose_reading(told), choose(told, "allow_unknown", "time")
     if rated is not None or rate:
         if item is None or {user, pairs, output} != {None}:
             raise Usage("--rated and --rate go with --item alone.")
         trained = load_model(path)
-        return predict_new(trained, item, read_rated(trained, rated, rate, how))
+        return predict_new(trained, item, read_rated(trained, rated, rate, how), told["time"])
     is_one = None not in (user, item) and pairs is None and output is None
     is_table = None not in (pairs, output) and user is None and item is None
     if not is_one and not is_table:
@@ -1902,7 +1960,7 @@ def predict_command(path, user, item, rated, rate, pairs, output, allow_unknown,
     return value, ["{n_pairs:,} predictions in {output}".format_map(value)]
 
 
-def predict_one(trained: Model, user: str, item: str, *, allow_unknown: bool) -> tuple:
+def predict_one(trained: Model, user: str, item: str, *, allow_unknown: bool, time) -> tuple:
     """What `predict --user --item` returns."""
     user_row = find_rows(trained, "user", [user], allow_unknown=allow_unknown)
     item_row = torch.tensor([find_item(trained, item, allow_unknown=allow_unknown)])
@@ -1910,16 +1968,18 @@ def predict_one(trained: Model, user: str, item: str, *, allow_unknown: bool) ->
     known = [row.item() < len(ids) for row, ids in zip(rows, trained.ids, strict=True)]
     value |= {"user": trained.ids.users[user_row.item()]} if known[0] else {}
     value |= describe_items(trained, item_row).row(0, named=True) if known[1] else {}
-    value |= {n: v.item() for n, v in find_answers(trained, trained.members, *rows).items()}
+    columns = *rows, *find_context(trained, user_row, time)
+    value |= {n: v.item() for n, v in find_answers(trained, trained.members, *columns).items()}
     value |= {"is_known": all(known)} if allow_unknown else {}
     average = ", in part as average" * (not all(known))
     return value, [format_rating(trained, value, f" by {value['user']}") + average]
 
 
-def predict_new(trained: Model, item: str, rated: pl.DataFrame) -> tuple:
+def predict_new(trained: Model, item: str, rated: pl.DataFrame, time: int | None) -> tuple:
     """What `predict --rated --item` returns."""
     items, *columns = to_rated(trained, rated)
-    members, row = fold_in(trained, items, *columns), torch.tensor([find_item(trained, item)])
+    members = fold_in(trained, items, *columns, asked=time)
+    row = torch.tensor([find_item(trained, item)])
     answers = find_answers(trained, members, torch.tensor([0]), row)
     value = describe_items(trained, row, **answers).row(0, named=True)
     return value, [format_rating(trained, value)]
@@ -1951,7 +2011,7 @@ def recommend_command(path, user, users, rated, rate, all_users, candidates, out
     if (all_users and output is None) or (is_new and output is not None):
         raise Usage("--all-users needs --output, and --rated and --rate print.")
     check_paths([path, users, candidates], output, endings=TABLES)
-    trained, options = load_model(path), choose(told, "n", "by", "include_seen", "min_ratings")
+    trained, options = load_model(path), choose(told, *LISTS[:4], "min_ratings")
     if candidates is not None:
         options["candidates"] = read_table(data.read_items, candidates, **how)["item"]
     if is_new:

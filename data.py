@@ -1088,7 +1088,7 @@ def drop_repeats(ratings: Frame) -> Frame:
 # Splits.
 
 PUBLISHED_SPLITS = ("ua", "ub", "u1", "u2", "u3", "u4", "u5")
-SPLITS = (*PUBLISHED_SPLITS, "random", "none")
+SPLITS = (*PUBLISHED_SPLITS, "random", "by-date", "none")
 SLICE = 1 << 18  # ratings handled at a time, so that no column is copied whole
 
 
@@ -1099,8 +1099,9 @@ def split(ratings: Frame, name: str, *, seed: int = 0) -> tuple[Frame, Frame]:
     u1 to u5: the k-th fifth of the lines is. These are GroupLens's published splits of ml-100k
     (rules of its mku.sh and allbut.pl), and of 100,000 ratings only. random: a tenth, drawn by
     `seed`. last1, last10 and any other lastN: each user's last N by time (of one time, the later in
-    the file); of a user with N ratings or fewer, all but the first. none: no test part. ValueError
-    for any other, and for one that leaves the test part empty.
+    the file); of a user with N ratings or fewer, all but the first. by-date: the last tenth of all
+    by time, as of `fold_by_date`. none: no test part. ValueError for any other, and for one that
+    leaves the test part empty.
     """
     row = pl.int_range(pl.len())
     if name in PUBLISHED_SPLITS and len(ratings) != 100_000:
@@ -1115,10 +1116,10 @@ def split(ratings: Frame, name: str, *, seed: int = 0) -> tuple[Frame, Frame]:
         is_test = row * 5 // pl.len() == int(name[1]) - 1
     elif name == "random":
         return hold_out(ratings, 0.1, seed=seed)
+    elif name == "by-date":
+        return _cut_by_date(ratings, 9, 10)
     elif last := re.fullmatch(r"last([1-9]\d{0,8})", name):
-        if "timestamp" not in ratings.columns:
-            cure = "tell their column by --time-column"
-            raise ValueError(f"the split {name} needs timestamps, and there are none: {cure}")
+        _need_times(ratings, name)
         n_later = pl.len() - pl.col("timestamp").rank("ordinal")
         is_first = n_later == pl.len() - 1
         is_test = ((n_later < int(last[1])) & ~is_first).over("user")
@@ -1170,6 +1171,36 @@ def fold(ratings: Frame, n_folds: int, *, seed: int) -> Iterator[tuple[Frame, Fr
     number = np.random.default_rng(seed).permutation(len(ratings)) % n_folds
     for test in range(n_folds):
         yield _part(ratings, pl.Series(number == test))
+
+
+def fold_by_date(ratings: Frame, n_folds: int) -> Iterator[tuple[Frame, Frame]]:
+    """Cut the ratings by time into n_folds + 1 parts; yield all before each but the first, and it.
+
+    That is, train, which grows, and test. Ratings of one time stay together. ValueError without
+    timestamps, and where there are too few different ones.
+    """
+    for number in range(1, n_folds + 1):
+        yield _cut_by_date(ratings, number, n_folds + 1)
+
+
+def _cut_by_date(ratings: Frame, number: int, n_parts: int) -> tuple[Frame, Frame]:
+    """The first `number` of `n_parts` parts by time, and the one after them."""
+    _need_times(ratings, "by-date")
+    times = ratings["timestamp"].sort()
+    start, end = (len(times) * n // n_parts for n in (number, number + 1))
+    time, start = pl.col("timestamp"), times[start]
+    before_end = ratings if number + 1 == n_parts else ratings.filter(time < times[end])
+    train, test = _part(before_end, time >= start)
+    if not len(train) or not len(test):
+        n_times = ratings["timestamp"].n_unique()
+        raise ValueError(f"{n_times:,} different times are too few for {n_parts} parts by date")
+    return train, test
+
+
+def _need_times(ratings: Frame, name: str) -> None:
+    if "timestamp" not in ratings.columns:
+        cure = "tell their column by --time-column"
+        raise ValueError(f"the split {name} needs timestamps, and there are none: {cure}")
 
 
 # Tensors.
@@ -1323,7 +1354,7 @@ def _list_blocks(
     """For each kind the entries (row, feature, value) of users or items, and its features."""
     raw, others = ids if name == "user" else reversed(ids)
     rows = pl.int_range(len(raw), eager=True)
-    scales = pl.int_range(len(TIME_SCALES), eager=True)
+    moments = pl.int_range(len(TIME_SCALES), eager=True)
     value = pl.lit(1.0)
     if "id" in kinds:
         yield pl.select(row=rows, feature=rows, value=value), len(raw)
@@ -1337,7 +1368,7 @@ def _list_blocks(
         side = side.select(rows.alias("row"), "feature", "value").drop_nulls("row")
         yield side, (side["feature"].max() + 1) if len(side) else 0
     if "time" in kinds and name == "user":
-        yield pl.select(row=scales + len(raw), feature=scales, value=value), len(scales)
+        yield pl.select(row=moments + len(raw), feature=moments, value=value), len(moments)
 
 
 def _sparse(entries: Frame, row: str, column: str, n_rows: int) -> Sparse:
@@ -1377,47 +1408,46 @@ def describe(about: Frame, key: str) -> Frame:
 
 
 def time_context(train: Frame, test: Frame) -> tuple[Tensor, Tensor]:
-    """How far a user's ratings near in time lie from what is usual: (N, J) and (M, J), float32.
+    """What the ratings that a user gave before tell of a moment: (N, J) and (M, J), float32.
 
-    One feature for each of `TIME_SCALES`, tau. With e the user's training ratings less the mean of
-    the rated item, less the user's mean of those, at the deviation of ml-100k's ratings whatever
-    their scale, and the rating itself left out,
+    One feature for each of `TIME_SCALES`, tau. With e a training rating less the mean of the item,
+    at the deviation of ml-100k's ratings whatever their scale, and sums over the user's training
+    ratings k from before the moment t,
 
-        sum_k exp(-|t - t_k| / tau) e_k / (10 + sum_k exp(-|t - t_k| / tau))
+        usual = sum_k e_k / (1 + sum_k 1)
+        sum_k exp((t_k - t) / tau) (e_k - usual) / (10 + sum_k exp((t_k - t) / tau))
 
-    A page of films is rated in one mood: on MovieLens ratings of one minute are alike. Item means
-    are shrunk by five ratings, the user's by one; these, the 10 and the scales were found on
-    validation parts of ml-100k. Of `test` only user, item and timestamp are read. All times count,
-    those after a rating as well as those before it.
+    Films are rated in moods: on MovieLens ratings of one hour are alike. Nothing of the same second
+    or of later is read, so that what is measured can be had live. Item means are shrunk by five
+    ratings; this, the 10, the 1 and the scales were found on validation parts of ml-100k. Of `test`
+    only user and timestamp are read.
     """
-    columns = ["user", "item", "timestamp"]
     rating = pl.col("rating").cast(pl.Float64)
     excess = (rating - rating.mean()) * UA_DEVIATION / rating.std(ddof=0)
-    rows = pl.concat(
-        [
-            train.select(*columns, excess=excess, count=1.0),
-            test.select(*columns, excess=0.0, count=0.0),
-        ]
-    ).with_columns(place=pl.int_range(pl.len()))
-    rated = pl.col("count")
-    of_item = pl.col("excess").sum().over("item") / (pl.col("count").sum().over("item") + 5)
-    rows = rows.with_columns(excess=pl.col("excess") - rated * of_item)
-    others = pl.col("excess").sum().over("user") - pl.col("excess")
-    n_others = pl.col("count").sum().over("user") - pl.col("count")
-    rows = rows.with_columns(usual=others / (n_others + 1)).sort("user", "timestamp", "place")
+    of_item = pl.col("excess").sum().over("item") / (pl.len().over("item") + 5)
+    whom = "user", "timestamp"
+    rated = train.with_columns(excess=excess, count=1.0)
+    rated = rated.select(*whom, pl.col("excess") - of_item, "count")
+    asked = test.select(*whom, excess=0.0, count=0.0)
+    rows = pl.concat([rated, asked]).with_row_index("place").sort(*whom, maintain_order=True)
 
-    seconds = rows["timestamp"].cast(pl.Float64).to_torch()
     is_first = rows["user"].ne_missing(rows["user"].shift()).to_torch()
-    sums = torch.stack([rows["excess"].to_torch(), rows["count"].to_torch()], 1)
-    usual, place = rows["usual"].to_torch(), rows["place"].to_torch()
-    context = torch.empty(len(rows), len(TIME_SCALES))
-    for column, tau in enumerate(TIME_SCALES):
-        keep = torch.exp(-seconds.diff(prepend=seconds[:1]) / tau).masked_fill(is_first, 0.0)
-        before = _decayed_sums(sums, keep)
-        keep_back = torch.cat([keep.new_zeros(1), keep[1:].flip(0)])
-        after = _decayed_sums(sums.flip(0), keep_back).flip(0)
-        excess, count = (before + after - 2 * sums).unbind(1)
-        context[place, column] = ((excess - usual * count) / (10 + count)).float()
+    gaps = rows["timestamp"].diff().fill_null(0).cast(pl.Float64).to_torch()
+    values = torch.stack([rows["excess"].to_torch(), rows["count"].to_torch()], 1)
+    # The first row of each user's second.
+    starts = torch.arange(len(rows)).where(is_first | (gaps > 0), 0).cummax(0).values
+
+    def sum_before(keep: Tensor) -> Tensor:
+        sums = _decayed_sums(values, keep.masked_fill(is_first, 0.0))
+        return (sums - values)[starts]
+
+    excess, count = sum_before(torch.ones_like(gaps)).unbind(1)
+    usual, columns = excess / (count + 1), []
+    for tau in TIME_SCALES:
+        excess, count = sum_before(torch.exp(-gaps / tau)).unbind(1)
+        columns.append((excess - usual * count) / (10 + count))
+    context = torch.empty(len(rows), len(columns))
+    context[rows["place"].to_torch().long()] = torch.stack(columns, 1).float()
     return context[: len(train)], context[len(train) :]
 
 
@@ -1429,16 +1459,3 @@ def _decayed_sums(values: Tensor, keep: Tensor) -> Tensor:
         keep = torch.cat([torch.zeros_like(keep[:shift]), keep[shift:] * keep[:-shift]])
         shift *= 2
     return values
-
-
-def pair_context(history: Frame, pairs: Frame) -> Tensor:
-    """`time_context` of `pairs` by the ratings of `history`: (M, J) float32.
-
-    A rating of the history is left out of its own context, as it is in training.
-    """
-    own, context = time_context(history, pairs)
-    columns = ["user", "item", "timestamp"]
-    rows = pairs.join(history.with_row_index("row"), columns, "left", maintain_order="left")["row"]
-    known = torch.from_numpy(rows.is_not_null().to_numpy(writable=True))
-    context[known] = own[rows.drop_nulls().cast(int).to_torch()]
-    return context

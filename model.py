@@ -227,24 +227,30 @@ def predict(
     Source: Koren, Bell & Volinsky 2009, "Matrix factorization techniques for recommender systems",
     equation 4; the sigmoid is fastai's.
     """
-    p, user_bias = params.user_factors[users], params.user_bias[users]
+    p, _, user_bias, _ = take_users(params, users, context)
     q, item_bias = params.item_factors[items], params.item_bias[items]
-    if context is not None:
-        if users.dim() != 1:
-            raise ValueError(f"with context, users must be (B,), not {tuple(users.shape)}")
-        p = p + context @ params.user_factors[-context.shape[1] :]
-        user_bias = user_bias + context @ params.user_bias[-context.shape[1] :]
     is_matrix = users.dim() == 2 and users.shape[1] == 1 and items.dim() == 1
     dot = p[:, 0] @ q.T if is_matrix else (p * q).sum(-1)
     return head.predict((dot if head.n_outputs == 1 else dot.unsqueeze(-1)) + user_bias + item_bias)
 
 
-def predict_all(members: Sequence[Params], users: Tensor, *, n_items: int, head: Head) -> Tensor:
-    """Predicted ratings of the first `n_items` items for `users` (B,), the mean of the members."""
-    items = torch.arange(n_items)
-    total = predict(members[0], users.unsqueeze(1), items, head=head)
+def take_users(params: Params, users: Tensor, context: Tensor | None = None) -> Params:
+    """`params` with the users' rows of `users` alone, at a moment of each with `context` (B, J)."""
+    p, user_bias = params.user_factors[users], params.user_bias[users]
+    if context is not None:
+        if users.dim() != 1:
+            raise ValueError(f"with context, users must be (B,), not {tuple(users.shape)}")
+        p = p + context @ params.user_factors[-context.shape[1] :]
+        user_bias = user_bias + context @ params.user_bias[-context.shape[1] :]
+    return params._replace(user_factors=p, user_bias=user_bias)
+
+
+def predict_all(members: Sequence[Params], *, n_items: int, head: Head) -> Tensor:
+    """Predicted ratings of the first `n_items` items for all users, the mean of the members."""
+    users, items = torch.arange(len(members[0].user_factors)).unsqueeze(1), torch.arange(n_items)
+    total = predict(members[0], users, items, head=head)
     for params in members[1:]:
-        total += predict(params, users.unsqueeze(1), items, head=head)
+        total += predict(params, users, items, head=head)
     return total.div_(len(members))
 
 

@@ -97,6 +97,26 @@ def test_the_last_n_are_the_last_by_time(rows, n_last):
     assert ordered(train, test).equals(ordered(table))
 
 
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.integers(1, 9))
+def test_by_date_all_that_is_tested_is_later_than_all_trained_on(times, n_folds):
+    table = frame([(1 + n % 3, n, 3) for n in range(len(times))])
+    table = table.with_columns(timestamp=polars.Series(times, dtype=polars.Int64))
+    in_order, n_parts = sorted(times), n_folds + 1
+    edges = [in_order[len(times) * n // n_parts] for n in range(n_parts)] + [10]
+    if any(start == end for start, end in itertools.pairwise([min(times), *edges[1:]])):
+        with pytest.raises(ValueError, match=rf"different times are too few for {n_parts} parts"):
+            list(data.fold_by_date(table, n_folds))
+        return
+    parts = list(data.fold_by_date(table, n_folds))
+    for (train, test), start, end in zip(parts, edges[1:-1], edges[2:], strict=True):
+        assert train.equals(ordered(table.filter(polars.col("timestamp") < start)))
+        assert test.equals(
+            ordered(table.filter(polars.col("timestamp").is_between(start, end - 1)))
+        )
+    if n_folds == 9:
+        assert all(map(polars.DataFrame.equals, data.split(table, "by-date"), parts[-1]))
+
+
 def into(write, **options):
     buffer = io.BytesIO()
     write(buffer, **options)
@@ -706,14 +726,14 @@ def test_time_context_is_the_formula():
     for (item,), part in train.group_by("item"):
         excess[item] = (part["rating"] - mean).sum() / (len(part) + 5)
     unit = data.UA_DEVIATION / train["rating"].std(ddof=0)
-    rated = [(u, i, (r - mean - excess[i]) * unit, t) for u, i, r, t in train.iter_rows()]
+    rated = [(u, (r - mean - excess[i]) * unit, t) for u, i, r, t in train.iter_rows()]
     for part, context in zip((train, test), data.time_context(train, test), strict=True):
-        for (user, item, _, time_), row in zip(part.iter_rows(), context.tolist(), strict=True):
-            others = [(e, t) for u, i, e, t in rated if u == user and i != item]
-            usual = sum(e for e, _ in others) / (len(others) + 1)
+        for (user, _, _, time_), row in zip(part.iter_rows(), context.tolist(), strict=True):
+            before = [(e, t) for u, e, t in rated if u == user and t < time_]
+            usual = sum(e for e, _ in before) / (len(before) + 1)
             for tau, value in zip(data.TIME_SCALES, row, strict=True):
-                weights = [math.exp(-abs(t - time_) / tau) for _, t in others]
-                weighted = zip(weights, others, strict=True)
+                weights = [math.exp((t - time_) / tau) for _, t in before]
+                weighted = zip(weights, before, strict=True)
                 total = sum(weight * (e - usual) for weight, (e, _) in weighted)
                 assert value == pytest.approx(total / (10 + sum(weights)), abs=1e-6)
 

@@ -35,26 +35,26 @@ def measure(source, recipe, seed, *, widths, is_validation):
     )
     folded = []
     for width in widths:
-        errors = [fold_in(model, rest, hidden, test, user, width) for user in drawn.tolist()]
+        errors = [fold_in(model, hidden, test, user, width) for user in drawn.tolist()]
         folded.append(torch.cat(errors).square().mean().item())
     mse = trained.figures["mse"]
     return mse, *folded, min(folded) - mse, model.figures["mse"]
 
 
-def fold_in(model, rest, hidden, test, user, width):
+def fold_in(model, hidden, test, user, width):
     """Errors (N,) on the test ratings of a user, folded in by the hidden ones."""
     own = hidden.filter(
         polars.col("user") == user, polars.col("item").is_in(model.ids.items.implode())
     )
     asked = test.filter(polars.col("user") == user)
     rows, asked_rows = (collab.find_rows(model, "item", each["item"]) for each in (own, asked))
-    is_timed = "time" in model.options["features"]
-    times = own["timestamp"].to_torch() if is_timed else None
-    members = collab.fold_in(model, rows, own["rating"].to_torch(), times, width=width)
-    context = data.time_context(polars.concat([rest, own]), asked)[1:] if is_timed else ()
-    one, head = torch.zeros_like(asked_rows), collab.make_head(*model.head)
-    each = collab.predict_each(members, one, asked_rows, *context, head=head)
-    return each.mean(0).clamp(*model.clip) - asked["rating"].to_torch()
+    columns, options, users = [rows, own["rating"].to_torch()], {}, torch.zeros_like(asked_rows)
+    if "time" in model.options["features"]:  # each at a moment of its own
+        columns.append(own["timestamp"].to_torch())
+        options, users = {"asked": asked["timestamp"].to_torch()}, torch.arange(len(asked))
+    members = collab.fold_in(model, *columns, **options, width=width)
+    ratings = collab.predict_mean(members, users, asked_rows, head=collab.make_head(*model.head))
+    return ratings.clamp(*model.clip) - asked["rating"].to_torch()
 
 
 @click.command()
