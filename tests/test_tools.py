@@ -17,9 +17,10 @@ import common
 import lists
 import panel
 import peers
+import report
 import scale
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+README = (Path(__file__).resolve().parent / "README.md").read_text()
 
 
 def run(tool, *arguments):
@@ -131,10 +132,75 @@ def test_a_panel_of_tables(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("ml_100k")
 def test_lists_beat_the_most_rated_and_ease():
-    """And are as the README says."""
+    """And are as tests/README.md says."""
     (_, *rows), _ = run(lists, "--splits", "ua", "--recipes", "default")
     ndcg = {row[1]: float(row[2]) for row in rows}
     assert ndcg["default"] > ndcg["EASE"] > 2 * ndcg["the number of ratings"]
     for row in rows[:4]:
         (told,) = re.findall(rf"\| {re.escape(' | '.join(row[:2]))} \| ([\d.]+)", README)
         assert float(row[2]) == pytest.approx(float(told), abs=2e-3)
+
+
+SHOWN = "| set | RMSE | seconds |\n|---|---|---|\n| a, 1,000 | 0.9012 ± 0.0010 | 3.2 |\n"
+
+
+@pytest.mark.parametrize(
+    ("printed", "n_differences"),
+    [
+        (SHOWN, 0), (f"torch 2\n\n{SHOWN}", 0), (SHOWN.replace("3.2", "4.7"), 0),
+        (SHOWN.replace("0.9012", "0.9019"), 0), (SHOWN.replace("0.9012", "0.9042"), 1),
+        (SHOWN.replace("a,", "b,"), 1), (SHOWN.replace("1,000", "1,001"), 1),
+        (SHOWN.replace("| 3.2 |", ""), 1), (f"{SHOWN}| b | 1 | 2 |\n", 1), ("", 1),
+    ],
+)  # fmt: skip
+def test_what_differs_from_a_readme_is_told(printed, n_differences):
+    assert len(list(report.find_differences(SHOWN, printed, tolerance=2e-3))) == n_differences
+
+
+README_LIKE = """
+```sh
+pip install x && python tests/tools/hello.py 1
+```
+
+```text
+1 of 3
+```
+
+```sh
+python tests/tools/hello.py 2
+```
+
+| a | b |
+|---|---|
+| 1 | 0.5 |
+
+```sh
+python tests/tools/hello.py 3
+```
+
+Some text, `python collab.py`.
+"""
+HELLO = """
+import sys
+print({"1": "1 of 2", "2": "| a | b |\\n|---|---|\\n| 1 | 0.7 |"}.get(sys.argv[1]) or sys.exit(3))
+"""
+
+
+@pytest.mark.usefixtures("ml_100k")
+def test_a_report_says_what_differs_and_writes_it(tmp_path, monkeypatch):
+    path = tmp_path / "README.md"
+    path.write_text(README_LIKE)
+    (tmp_path / "tests" / "tools").mkdir(parents=True)
+    (tmp_path / "tests" / "tools" / "hello.py").write_text(HELLO)
+    monkeypatch.setattr(report, "READMES", [path])
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    for arguments, n_differ in ((["--write"], 3), ([], 1), (["hello.py 2"], 0)):
+        done = CliRunner().invoke(report.main, arguments)
+        assert (done.exit_code, done.stdout.splitlines()[-1]) == (
+            n_differ > 0,
+            f"{n_differ} differ",
+        )
+        if n_differ == 3:
+            assert "- 1 of 3\n+ 1 of 2\n" in done.stdout
+            assert "hello.py 3\nexit status 3\n" in done.stdout
+    assert path.read_text() == README_LIKE.replace("of 3", "of 2").replace("0.5", "0.7")

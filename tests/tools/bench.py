@@ -21,13 +21,14 @@ from pathlib import Path
 
 import click
 import peers
-import polars
 import scale
 import torch
 from common import ROOT, echo_heads, echo_row, notice, run_collab, train
 
 import collab
 import data
+import model
+import schedule
 
 PEERS = ("fastai", "cornac", "cmfrec")
 THREADS = 2  # for large sets, ours and theirs
@@ -114,6 +115,34 @@ def train_as_the_notebook(part, ids, n_epochs=10):
     return [{"system": "the notebook's way, fastai's settings", "seconds": seconds}]
 
 
+def measure_step():
+    """Rows of what a step of best takes, and a training has thousands of: its parts, apart."""
+    torch.set_num_threads(1)
+    task = collab.prepare(collab.read(), "best")
+    (table,), parts = collab.set_up_member(task, schedule.one_cycle(100, lr_max=0.01), [None])
+    batch = [column[: task.options["batch_size"]] for column in task.train]
+    whole, rows = parts["loss_and_grad"], model.embed(table, task.features.matrix)
+    n_users = collab.count_lines(task.options, task.ids) - len(task.ids.items)
+    about = {"n_users": n_users, "head": collab.make_head(*task.head)}
+    grad, optimizer = torch.zeros_like(table), parts["optimizer"]
+    state = optimizer.init([table])
+    works = {
+        "a step of best: loss and gradient, as a whole": lambda: whole([table], *batch),
+        "of that: from features to rows": lambda: model.embed(table, task.features.matrix),
+        "of that: its transpose": lambda: model.embed(rows, task.features.transposed),
+        "of that: of the rows": lambda: model.loss_and_grad([rows], *batch, **about),
+        "a step of best: AdamW": lambda: optimizer.update_([table], [grad], state, 0),
+    }
+    measured = []
+    for name, work in works.items():
+        work()
+        start = time.perf_counter()
+        for _ in range(100):
+            work()
+        measured.append({"system": name, "seconds": (time.perf_counter() - start) / 100})
+    return measured
+
+
 def start_python(name, *arguments, is_first_line=False):
     """The row of a Python process: its seconds as a whole, or to its first line of output."""
     command, pipe = [sys.executable, *map(str, arguments)], subprocess.PIPE
@@ -139,6 +168,9 @@ def measure_small(folder):
             *(partial(peers.run_peer, name, venv, folder) for name, venv in ready.items()),
             partial(train_as_the_notebook, part, ids),
             partial(train, "ours, fastai's settings", "--recipe", "fastai"),
+            partial(train, "ours, best", "--recipe", "best"),
+            partial(train, "ours, best, two threads", "--recipe", "best", "--threads", 2),
+            measure_step,
             partial(train_to, 0.8631),
             partial(start_python, 'python -c "import torch"', "-c", "import torch"),
             partial(start_python, "train, to its first line", command, "train", is_first_line=True),
@@ -164,20 +196,12 @@ def make_once(folder, n_ratings):
     return path
 
 
-def write_split(path, folder):
-    """Write the random split that `collab.py train` makes of a file, for peers."""
-    task = collab.prepare(collab.read(ratings=path), seed=0)
-    for name, part in (("train", task.train), ("test", task.test)):
-        columns = [polars.Series(column.numpy()) for column in part[:3]]
-        peers.write_tables(folder, **{name: polars.DataFrame(columns)})
-
-
 def measure_large(path, folder, work, *, has_peer=True):
     """Our training with the options of `work` on a file, and cmfrec's with its numbers."""
     options, sizes = work
     measures = [partial(train, "ours", "--ratings", path, "--threads", THREADS, *options)]
     for name, venv in peers.prepare(["cmfrec"]).items() if has_peer else ():
-        apart(write_split, path, folder)
+        apart(peers.write_random, folder, path)
         measures.append(partial(peers.run_peer, name, venv, folder, *sizes, threads=THREADS))
     return take_turns(measures)
 

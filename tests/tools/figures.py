@@ -15,6 +15,8 @@ COLUMNS = {
     "ua MSE": ("train --split ua", "mse"),
     "u1 RMSE": ("train --split u1", "rmse"),
     "u1..u5 RMSE": ("cross-validate", "rmse"),
+    "last10 MSE": ("train --split last10", "mse"),
+    "by-date RMSE": ("train --split by-date", "rmse"),
 }
 
 

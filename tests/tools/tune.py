@@ -1,22 +1,29 @@
 """Search around a recipe's values, on a validation part of the training part.
 
 `python tests/tools/tune.py default.jsonl` tries values around those of `default`, `python
-tests/tools/tune.py --recipe best --splits ua,u1 --trials 60 best.jsonl` around those of `best`; the
-first trial is the recipe as it is. A test part is never read: each trial trains on nine tenths of
-the training part of each split, drawn by a seed, with the values fitted to it as those of a recipe
-are, and is judged by the mean of its errors on the tenths left. A trial is a line of the file; an
-interrupted search goes on where it stopped. The best trials are printed last.
+tests/tools/tune.py --recipe best --splits ua,u1,last10 --trials 60 best.jsonl` around those of
+`best`; the first trial is the recipe as it is. `--ratings FILE --splits random` does so for a table
+of one's own. A test part is never read: each trial trains on a part of the training part of each
+split, with the values fitted to it as those of a recipe are, and is judged by its errors on what is
+held out, which is drawn as the test part is (ua: ten of each user, at most a third; last10: each
+user's last ten; else a tenth). Errors are compared with those of the first trial, and averaged. A
+trial is a line of the file; an interrupted search goes on where it stopped. The best are printed
+last.
 """
 
 import json
+import operator
 import random
+import statistics
 from pathlib import Path
 
 import click
+import polars
 import torch
 from common import notice
 
 import collab
+import data
 
 GRIDS = {
     # At most 1,239 steps on small tables: whatever wins trains in about a second.
@@ -32,13 +39,13 @@ GRIDS = {
     # Two models of an ensemble are enough to choose by.
     "best": {
         "ensemble": (2,),
-        "n_factors": (24, 32, 40),
-        "dropout": (0.05, 0.1, 0.2),
-        "epochs": (12, 16, 20),
-        "batch_size": (768, 1024, 1536),
+        "n_factors": (24, 32, 40, 48),
+        "dropout": (0.1, 0.15, 0.2, 0.25),
+        "epochs": (6, 8, 10, 12),
+        "batch_size": (1024, 1536, 2048),
         "lr_max": (0.01, 0.015, 0.02),
-        "weight_decay": (0.7, 0.8, 0.9, 1.0, 1.2),
-        "bias_decay": (0.1, 0.2, 0.3, 0.4),
+        "weight_decay": (0.6, 0.75, 0.9, 1.05),
+        "bias_decay": (0.2, 0.3, 0.4),
     },
 }
 
@@ -53,11 +60,25 @@ def draw(recipe, number):
     return drawn
 
 
+def hold_out(ratings, split, seed):
+    """The training part of `split` without what is held out, and that."""
+    train, _ = data.split(ratings, split, seed=seed)
+    if split.startswith("last"):
+        return data.split(train, split)
+    if split != "ua":
+        return data.hold_out(train, 0.1, seed=seed)
+    n_held = polars.min_horizontal(polars.len() // 3, 10)
+    is_held = polars.int_range(polars.len()).shuffle(seed).over("user") < n_held.over("user")
+    is_held = train.select(is_held).to_series()
+    return train.filter(~is_held), train.filter(is_held)
+
+
 def validate(source, recipe, drawn, split, seed):
-    """The MSE on a tenth held out of the training part of `split`."""
+    """The MSE on what is held out of the training part of `split`."""
     collab.RECIPES["trial"] = collab.RECIPES[recipe] | drawn  # as a recipe, it is fitted to data
-    task = collab.prepare(source, "trial", split=split, holdout=0.1, seed=seed)
-    return collab.train_model(task).figures["mse"]
+    part, held = hold_out(source.ratings, split, seed)
+    source = source._replace(ratings=part, test=held, split=None)
+    return collab.train_model(collab.prepare(source, "trial", seed=seed)).figures["mse"]
 
 
 def read_trials(file, search):
@@ -77,19 +98,23 @@ def read_trials(file, search):
 @click.option("--recipe", type=click.Choice(list(GRIDS)), default="default", show_default=True)
 @click.option("--splits", default="ua,ua", show_default=True, help="The n-th is cut by seed n.")
 @click.option("--trials", default=200, show_default=True)
-def main(file, recipe, splits, trials):
+@click.option("--ratings", default="ml-100k", show_default=True, help="Of a MovieLens or a file.")
+def main(file, recipe, splits, trials, ratings):
     """Run trials until FILE has --trials of them."""
     torch.set_num_threads(1)
-    source, search = collab.read(notice=notice), {"recipe": recipe, "splits": splits}
+    source = collab.read(ratings, notice=notice)
+    search = {"recipe": recipe, "splits": splits, "ratings": ratings}
     done = read_trials(file, search)
     for number in range(len(done), trials):
         drawn, parts = draw(recipe, number), enumerate(splits.split(","))
         errors = [validate(source, recipe, drawn, split, seed) for seed, split in parts]
-        done.append({**search, "mse": sum(errors) / len(errors), "options": drawn})
+        first = done[0]["errors"] if done else errors
+        ratio = statistics.mean(map(operator.truediv, errors, first))
+        done.append({**search, "ratio": ratio, "errors": errors, "options": drawn})
         with file.open("a") as lines:
             lines.write(json.dumps(done[-1]) + "\n")
-    for trial in sorted(done, key=lambda trial: trial["mse"])[:10]:
-        click.echo(f"{trial['mse']:.4f} {json.dumps(trial['options'])}")
+    for trial in sorted(done, key=lambda trial: trial["ratio"])[:10]:
+        click.echo(f"{trial['ratio']:.4f} {json.dumps(trial['options'])}")
 
 
 if __name__ == "__main__":
