@@ -67,7 +67,7 @@ data, model, schedule, train = map(Lazy, ("data", "model", "schedule", "train"))
 
 # Recipes, and the rule that fits them to data
 
-# Chosen by tests/tools/tune.py on validation parts of the training part of ml-100k; with
+# Chosen by tests/tools/tune.py on validation parts of training parts of ml-100k; with
 # fits_data, `fit_recipe` makes of these values those for other data.
 # fmt: off
 DEFAULT = {
@@ -352,7 +352,9 @@ def prepare(
         how = "by their features" if all(seen.all() for seen in task.seen) else "as average"
         pairs = zip(task.counts, task.test, strict=False)
         n_tested = torch.stack([counts[rows] == 0 for counts, rows in pairs]).any(0).sum().item()
-        text = "without training ratings: {:,} users, {:,} items, in {:,} of the test; predicted {}"
+        text = (
+            "without training ratings: {:,} users, {:,} items, in {:,} test ratings; predicted {}"
+        )
         notice(text.format(*n_unseen, n_tested, how))
     figures = {"recipe": recipe, "dataset": source.name, "split": split, "seed": seed}
     figures |= {"options": options, "n_users": n_users, "n_items": n_items}
@@ -390,7 +392,9 @@ def make_task(parts: list, source: Source, kinds: tuple, *, allow_overlap: bool)
     if kinds != ("id",):
         *matrices, sizes = data.features(frame, ids, kinds, **about)
         features = model.Features(*matrices)
-    contexts = data.time_context(frame, test_frame) if "time" in kinds else None
+    contexts = None
+    if "time" in kinds:
+        contexts = data.time_context(data.find_excess(frame), test_frame)
     times = frame["timestamp"].to_torch() if "time" in kinds else None
     del frame, test_frame  # of 25 million ratings half a gigabyte
     seen = data.find_seen(part, ids, **about)
@@ -441,7 +445,8 @@ def train_model(
     there is a test part), seconds (of training), evaluate_seconds; the model's `figures` are what
     `train --metrics` writes. A file `checkpoint` is written after each epoch, with `arguments`,
     plain values; training goes on after the last epoch of such a file, `resume`, to the same bits.
-    torch's number of threads is the caller's: one is fastest for small batches. Under
+    torch's number of threads is the caller's: as many members train at once, and one is fastest for
+    one member of small batches. Under
     `torch.distributed` the other processes run `fit_members(train.broadcast())`. ValueError for a
     loss that is not finite, and for a checkpoint of another task.
     """
@@ -477,8 +482,8 @@ def train_model(
 def fit_members(task: Task, n_done: int = 0, states: list | None = None):
     """Train the members side by side; yields a list of their `train.Epoch`s, of one table each.
 
-    Each has a thread of its own, as far as torch has threads: with fewer in its operations, where
-    small batches gain nothing from them, and to the bits of one thread.
+    Torch's threads go to members first, and what is left of them to the operations of each, which
+    gain less: small batches nothing.
     """
     options, members = task.options, []
     common = {"batch_size": options["batch_size"], "drop_last": options["drop_last"]}
@@ -496,7 +501,7 @@ def fit_members(task: Task, n_done: int = 0, states: list | None = None):
         for _ in range(n_done, options["epochs"]):
             try:
                 torch.set_num_threads(n_threads // n_workers)
-                epochs = list(pool.map(next, members))
+                epochs = list((map if n_workers == 1 else pool.map)(next, members))
             finally:
                 torch.set_num_threads(n_threads)
             yield epochs
@@ -561,7 +566,9 @@ def to_rows(task: Task | Model, table: torch.Tensor) -> model.Params:
         for counts, first in zip(task.counts, (0, len(table) - len(task.counts[1])), strict=True):
             about = starts[first : first + len(counts) + 1], *entries
             rows = table[first : first + len(counts)]
-            rows.copy_(model.regress_unrated(rows, about, counts))
+            # Chosen on parts of ml-100k without a tenth of items, of users, or the last by date.
+            ridge = (counts > 0).sum().item() / 100
+            rows.copy_(model.regress_unrated(rows, about, counts, ridge=ridge))
     n_outputs = make_head(*task.head).n_outputs
     params = model.split_table(table, len(table) - len(task.ids.items), n_outputs=n_outputs)
     return model.add_average(params, *task.seen)
@@ -573,8 +580,11 @@ def predict_each(members: list, *pairs: torch.Tensor, head: model.Head) -> torch
 
 
 def predict_mean(members: list, *pairs: torch.Tensor, head: model.Head) -> torch.Tensor:
-    """The mean of the members' predictions."""
-    return predict_each(members, *pairs, head=head).mean(0)
+    """The mean of the members' predictions, of whom one at a time is held."""
+    total = model.predict(members[0], *pairs, head=head)
+    for params in members[1:]:
+        total += model.predict(params, *pairs, head=head)
+    return total.div_(len(members))
 
 
 def find_lr(task: Task, *, n_steps: int = 200, lr_min: float = 1e-4, lr_max: float = 10.0) -> dict:
@@ -623,7 +633,7 @@ class Model(NamedTuple):
 
 # The tensors of files by name: which have it; dtype; sizes, of which one letter is the same in all;
 # and the size that integers are below. M members, R rows of K factors and Q biases (C), U users, I
-# items, N training and T test ratings, E entries of a matrix of P rows, S scales of time, B bytes.
+# items, N training and T test ratings, E entries of a matrix of P rows, J scales of time, B bytes.
 TENSORS = {
     "tables": ("model checkpoint", "float32", "MRC", None),  # as `model.join` makes them
     "seen_users": ("model", "bool", "U", None),
@@ -639,12 +649,12 @@ TENSORS = {
     "feature_values": ("features", "float32", "E", None),
     "train_ratings": ("time", "float32", "N", None),
     "train_times": ("time", "int64", "N", None),
-    "test_context": ("context", "float32", "TS", None),
+    "test_context": ("context", "float32", "TJ", None),
     "means": ("checkpoint", "float32", "MRC", None),  # Adam's
     "squares": ("checkpoint", "float32", "MRC", None),
     "generators": ("checkpoint", "uint8", "MB", None),
 }
-FORMATS = {"model": "collab 5", "checkpoint": "collab checkpoint 3"}
+FORMATS = {"model": "collab 6", "checkpoint": "collab checkpoint 3"}
 
 
 def find_forms(*files: str) -> dict:
@@ -724,7 +734,7 @@ def check(kind: str, about: dict, tensors: dict) -> None:
         return check_states(about, tensors)
     check_about(about)
     ids, options = (about["user_ids"], about["item_ids"]), about["figures"]["options"]
-    sizes = {"U": len(ids[0]), "I": len(ids[1]), "S": len(data.TIME_SCALES)}
+    sizes = {"U": len(ids[0]), "I": len(ids[1]), "J": len(data.TIME_SCALES)}
     sizes |= {"P": count_lines(options, ids), "Q": make_head(*about["head"]).n_outputs}
     kinds = set(options["features"])
     sizes |= {"R": sizes["P"]} if kinds == {"id"} else {}
@@ -967,16 +977,17 @@ def find_pairs(trained: Model, pairs: pl.DataFrame, **options) -> tuple:
 def find_columns(trained: Model, pairs: pl.DataFrame, time=None, **options) -> tuple:
     """Rows of users and items of a frame of raw ids, and their context, as of `find_context`.
 
-    `options` are those of `find_rows`; `time` is for a frame without timestamps.
+    `options` are those of `find_rows`; `time` takes the place of timestamps.
     """
     rows = find_pairs(trained, pairs, **options)
-    if "timestamp" in pairs.columns and "time" in trained.options["features"]:
+    is_timed = "time" in trained.options["features"] and "timestamp" in pairs.columns
+    if is_timed and time is None:
         time = data.floor_times(pairs)["timestamp"].to_torch()
     return *rows, *find_context(trained, rows[0], time)
 
 
 def find_context(trained: Model, users: torch.Tensor, time=None) -> tuple:
-    """The context of users of rows (N,), (N, S), with the feature time; nothing without it.
+    """The context of users of rows (N,), (N, J), with the feature time; nothing without it.
 
     At `time`, Unix seconds for all or int64 (N,), or the moment after each's last training rating.
     """
@@ -984,16 +995,21 @@ def find_context(trained: Model, users: torch.Tensor, time=None) -> tuple:
         if time is not None:
             raise ValueError("a model without the feature time predicts the same at any time")
         return ()
-    history = find_history(trained)
-    return data.time_context(history, list_moments(history, users, time))[1:]
+    excess = data.find_excess(find_history(trained))
+    excess = excess.join(to_frame(NAMES, users), "user", "semi")
+    return data.time_context(excess, list_times(excess, users, time))[1:]
 
 
-def list_moments(history: pl.DataFrame, users: torch.Tensor, time=None) -> pl.DataFrame:
-    """A frame of user and timestamp: each of `users` (N,) at `time`, or after the last rating."""
+def list_times(rated: pl.DataFrame, users: torch.Tensor, time=None) -> pl.DataFrame:
+    """A frame of user and timestamp: each of `users` (N,) at `time`, or after the last `rated`."""
     if time is not None:
-        return to_frame(("user", "timestamp"), users, torch.as_tensor(time).expand(len(users)))
-    last = history.group_by("user").agg(pl.col("timestamp").max() + 1)
-    return to_frame(("user",), users).join(last, "user", "left", maintain_order="left").fill_null(0)
+        try:
+            times = torch.as_tensor(time, dtype=torch.float64).floor().long()
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"a time is in Unix seconds, not {time!r}") from None
+        return to_frame(("user", "timestamp"), users, times.expand(len(users)))
+    last = rated.group_by("user").agg(pl.col("timestamp").max() + 1)
+    return to_frame(NAMES, users).join(last, "user", "left", maintain_order="left").fill_null(0)
 
 
 def find_answers(trained: Model, members: list, *columns: torch.Tensor) -> dict:
@@ -1007,10 +1023,10 @@ def find_answers(trained: Model, members: list, *columns: torch.Tensor) -> dict:
 def predict(trained: Model, pairs: pl.DataFrame, **options) -> pl.DataFrame:
     """A frame of user, item, rating, deviation for a frame of user, item[, timestamp], raw ids.
 
-    With the feature time pairs without timestamps are asked about at `time`, Unix seconds, or the
-    moment after the user's last training rating. The deviation is that of the ensemble's members, 0
-    for a single one. ValueError for an unknown id; with the option `allow_unknown=True` it is
-    predicted as the average one, and a column is_known tells which are not.
+    With the feature time a pair is asked about at `time`, Unix seconds, if given, else at its
+    timestamp, else at the moment after the user's last training rating. The deviation is that of
+    the ensemble's members, 0 for a single one. ValueError for an unknown id; with the option
+    `allow_unknown=True` it is predicted as the average one, and is_known tells which are not.
     """
     pairs = data.to_lazy(pairs).collect()
     columns = find_columns(trained, pairs, **options)
@@ -1102,7 +1118,7 @@ def recommend(
     training or the test part or there, unless `include_seen`, those not among the raw ids
     `candidates`, if given, or with fewer than `min_ratings` training ratings, and those of which
     nothing is known. With the feature time the ratings are those at `time`, Unix seconds, or at the
-    moment after the user's last rating. ValueError for what the model does not know.
+    moment after the user's last training rating. ValueError for what the model does not know.
     """
     if (users is None) == (rated is None) or n < 1:
         raise ValueError(f"give a user or what one has rated, not both, and n above 0, not {n}")
@@ -1121,7 +1137,7 @@ def recommend(
         top = list_rows(trained, rows, **about)
     else:
         items, *columns = to_rated(trained, data.to_lazy(rated).collect())
-        members = fold_in(trained, items, *columns, asked=time)
+        members = fold_in(trained, items, *columns, time=time)
         top = list_top(trained, members, [items], [items[: 0 if include_seen else None]], **about)
     items, ratings = top["item"].to_torch(), top["rating"].clip(*trained.clip).to_torch()
     found = describe_items(trained, items, rating=ratings).with_columns(top["rank"])
@@ -1176,8 +1192,9 @@ def list_top(
     """
     n_items, counts, head = len(trained.ids.items), trained.counts[1], make_head(*trained.head)
     check_names("by", (by,), ("taste", "rating", "popular"))
+    users = torch.arange(len(rated)).unsqueeze(1)
     if by == "rating":
-        scores = model.predict_all(members, n_items=n_items, head=head)
+        scores = predict_mean(members, users, torch.arange(n_items), head=head)
     elif by == "taste":
         scores = model.score_tastes(trained.tensors["tastes"], rated, counts)
     else:
@@ -1187,15 +1204,14 @@ def list_top(
     for own, items in zip(scores, hidden, strict=True):
         own[items] = -math.inf
     scores, items = scores.topk(count_kept(n, by, n_items))
-    users = torch.arange(len(rated))
-    ratings = predict_mean(members, users.unsqueeze(1), items, head=head)
+    ratings = predict_mean(members, users, items, head=head)
     if by == "taste":
         low, high = trained.clip
         scores = scores + RATING_WEIGHT * ratings / (high - low)
     scores, order = scores.topk(min(n, n_items))
     items, ratings = items.gather(1, order), ratings.gather(1, order)
     ranks = torch.arange(1, items.shape[1] + 1).repeat(len(users))
-    columns = users.repeat_interleave(items.shape[1]), ranks, items.reshape(-1)
+    columns = users.expand_as(items).reshape(-1), ranks, items.reshape(-1)
     columns = *columns, ratings.reshape(-1), scores.reshape(-1)
     top = to_frame(("user", "rank", "item", "rating", "score"), *columns)
     return top.filter(pl.col("score") > -math.inf).drop("score")
@@ -1220,13 +1236,13 @@ def to_rated(trained: Model, rated: pl.DataFrame) -> tuple:
 
 
 def fold_in(
-    trained: Model, items, ratings, times=None, *, asked=None, width: float = PRIOR_WIDTH
+    trained: Model, items, ratings, times=None, *, time=None, width: float = PRIOR_WIDTH
 ) -> list:
     """Tables as `Model.members` with one user: who gave `ratings` (N,) to the items of rows (N,).
 
     By `model.add_user`; `width` is that of `model.find_prior`. Where the model has implicit
     features, the items rated tell of the user through these too. With the feature time and `times`
-    (N,) of the ratings it is the user at the moment after the last of them, or `asked`, Unix
+    (N,) of the ratings it is the user at the moment after the last of them, or at `time`, Unix
     seconds; of a tensor of these (B,) each makes a row.
     """
     kinds, (n_users, n_items) = trained.options["features"], map(len, trained.ids)
@@ -1235,15 +1251,15 @@ def fold_in(
     if "unit" in trained.head[1]:  # the squared error has no scale of its own, as ordinal has
         loss = trained.figures["epochs"][-1]["train_loss"]
         about["noise"] = 2 * loss / trained.head[1]["unit"] ** 2
-    whom, moments = torch.zeros(1).long(), ()
-    if asked is not None and ("time" not in kinds or times is None):
+    new, contexts = torch.zeros(1).long(), ()
+    if time is not None and ("time" not in kinds or times is None):
         raise ValueError("a time needs a model of the feature time, and times of what is rated")
     if "time" in kinds and times is not None and len(items):
         user = torch.full_like(items, n_users)
         history = find_history(trained).vstack(to_frame(NAMES, user, items, ratings, times))
-        whom = whom.new_zeros(1 if asked is None else torch.as_tensor(asked).numel())
-        context, *moments = data.time_context(history, list_moments(history, whom + n_users, asked))
-        about["context"] = context[-len(items) :]
+        own = data.find_excess(history)[-len(items) :]
+        new = new.new_zeros(1 if time is None else torch.as_tensor(time).numel())
+        about["context"], *contexts = data.time_context(own, list_times(own, new + n_users, time))
     parts = [None] * len(trained.members)
     if "implicit" in kinds:
         first = n_users if "id" in kinds else 0
@@ -1257,7 +1273,7 @@ def fold_in(
     for rows, implicit in zip(trained.members, parts, strict=True):
         prior = model.find_prior(rows, users, width=width, implicit=implicit)
         added = model.add_user(rows, items, ratings, prior=prior, **about)
-        folded.append(model.take_users(added, whom, *moments))
+        folded.append(model.take_users(added, new, *contexts))
     return folded
 
 
@@ -1456,11 +1472,14 @@ def to_names(text) -> tuple[str, ...]:
 
 
 def to_seconds(text: str) -> int:
-    """Unix seconds of a date of ISO 8601, of UTC unless it tells, or of their number."""
-    if text.isdecimal():
-        return int(text[:18])
-    moment = datetime.fromisoformat(text)
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+    """Unix seconds of their number, or of a date of ISO 8601, of UTC unless it tells another."""
+    try:
+        when = datetime.fromtimestamp(int(text), UTC) if text.isdecimal() else None
+        when = when or datetime.fromisoformat(text)
+    except (ValueError, OverflowError, OSError):
+        ways = "a date, as 2026-01-31 or 2026-01-31T18:30, or of Unix seconds"
+        raise click.BadParameter(f"{text!r} is not the time of {ways}.") from None
+    return int((when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp())
 
 
 FILE, COUNT = click.Path(path_type=Path), click.IntRange(1, 10**6)
@@ -1495,7 +1514,7 @@ OPTIONS = {
     "Training": {
         "recipe": (click.Choice([*RECIPES]), "Defaults for the next group.", "default"),
         "seed": (click.IntRange(0, 2**32 - 1), "The same gives the same model.", 0),
-        "threads": (click.IntRange(1, os.cpu_count()), "Of torch.", 1),
+        "threads": (click.IntRange(1, os.cpu_count()), "Of torch; members train side by side.", 1),
     },
     "Recipe": {
         "features": (to_names, "Of a row: id,implicit,side,time, or some."),
@@ -1526,7 +1545,7 @@ OPTIONS = {
         "pairs": (FILE, "Instead: a table of user, item[, time], of any length."),
         "rated": (str, "Instead: a new user's ratings, ITEM:RATING,... or a file of them."),
         "rate": (RATE, "The same, one by one: an item, as --item, and its rating."),
-        "time": (to_seconds, "When, for the feature time.  [default: after the last rating]"),
+        "time": (to_seconds, "When, as 2026-01-31T18:30.  [default: after the last rating]"),
         "all-users": (bool, "Instead: for every user."),
         "output": (FILE, "Write to this file, whose ending tells the form."),
         "plot": (FILE, "Draw the curve to this .png or .svg."),
@@ -1767,8 +1786,8 @@ def train_command(context, metrics, save, checkpoint, resume, **told):
 
     \b
     Recipes default and best are for ml-100k; N training ratings of in all R users and items get
-      batch-size = recipe's N / 90,570, at least 2
-      weight-decay, bias-decay = recipe's (34.5 / (N / R))^0.7
+      batch-size = recipe's x N / 90,570, at least 2
+      weight-decay, bias-decay = recipe's x (34.5 / (N / R))^0.7
       y-range = the scale and an eighth of it at both ends, within mean -+ 4 deviations
 
     Under torchrun each process has a share of each batch, and the result is that of one.
@@ -1992,7 +2011,7 @@ def predict_one(trained: Model, user: str, item: str, *, allow_unknown: bool, ti
 def predict_new(trained: Model, item: str, rated: pl.DataFrame, time: int | None) -> tuple:
     """What `predict --rated --item` returns."""
     items, *columns = to_rated(trained, rated)
-    members = fold_in(trained, items, *columns, asked=time)
+    members = fold_in(trained, items, *columns, time=time)
     row = torch.tensor([find_item(trained, item)])
     answers = find_answers(trained, members, torch.tensor([0]), row)
     value = describe_items(trained, row, **answers).row(0, named=True)
@@ -2025,7 +2044,8 @@ def recommend_command(path, user, users, rated, rate, all_users, candidates, out
     if (all_users and output is None) or (is_new and output is not None):
         raise Usage("--all-users needs --output, and --rated and --rate print.")
     check_paths([path, users, candidates], output, endings=TABLES)
-    trained, options = load_model(path), choose(told, *LISTS[:4], "min_ratings")
+    trained = load_model(path)
+    options = choose(told, *(name.replace("-", "_") for name in LISTS))
     if candidates is not None:
         options["candidates"] = read_table(data.read_items, candidates, **how)["item"]
     if is_new:

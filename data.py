@@ -1066,9 +1066,16 @@ def find_rows(ids: pl.Series, values: pl.Series) -> pl.Series:
 
 
 def floor_times(ratings: Frame) -> Frame:
-    """The frame with its timestamps, if it has any, in whole seconds: Int64, as in a model."""
-    times = [pl.col("timestamp").floor().cast(pl.Int64)] if "timestamp" in ratings.columns else []
-    return ratings.with_columns(*times)
+    """The frame with its timestamps, if it has any, in whole seconds: Int64, as in a model.
+
+    ValueError for any but Unix seconds.
+    """
+    if "timestamp" not in ratings.columns:
+        return ratings
+    times = ratings["timestamp"]
+    if not times.dtype.is_numeric() or (times.max() or 0) > LATEST:
+        raise ValueError("timestamps must be Unix seconds: of dates, series.dt.epoch('s') has them")
+    return ratings.with_columns(times.floor().cast(pl.Int64))
 
 
 def drop_repeats(ratings: Frame) -> Frame:
@@ -1117,7 +1124,7 @@ def split(ratings: Frame, name: str, *, seed: int = 0) -> tuple[Frame, Frame]:
     elif name == "random":
         return hold_out(ratings, 0.1, seed=seed)
     elif name == "by-date":
-        return _cut_by_date(ratings, 9, 10)
+        return next(fold_by_date(ratings, 9, first=9))
     elif last := re.fullmatch(r"last([1-9]\d{0,8})", name):
         _need_times(ratings, name)
         n_later = pl.len() - pl.col("timestamp").rank("ordinal")
@@ -1173,28 +1180,23 @@ def fold(ratings: Frame, n_folds: int, *, seed: int) -> Iterator[tuple[Frame, Fr
         yield _part(ratings, pl.Series(number == test))
 
 
-def fold_by_date(ratings: Frame, n_folds: int) -> Iterator[tuple[Frame, Frame]]:
+def fold_by_date(ratings: Frame, n_folds: int, *, first: int = 1) -> Iterator[tuple[Frame, Frame]]:
     """Cut the ratings by time into n_folds + 1 parts; yield all before each but the first, and it.
 
-    That is, train, which grows, and test. Ratings of one time stay together. ValueError without
-    timestamps, and where there are too few different ones.
+    That is, train, which grows, and test, from the fold `first`. Ratings of one time stay together.
+    ValueError without timestamps, and where there are too few different ones.
     """
-    for number in range(1, n_folds + 1):
-        yield _cut_by_date(ratings, number, n_folds + 1)
-
-
-def _cut_by_date(ratings: Frame, number: int, n_parts: int) -> tuple[Frame, Frame]:
-    """The first `number` of `n_parts` parts by time, and the one after them."""
     _need_times(ratings, "by-date")
-    times = ratings["timestamp"].sort()
-    start, end = (len(times) * n // n_parts for n in (number, number + 1))
-    time, start = pl.col("timestamp"), times[start]
-    before_end = ratings if number + 1 == n_parts else ratings.filter(time < times[end])
-    train, test = _part(before_end, time >= start)
-    if not len(train) or not len(test):
-        n_times = ratings["timestamp"].n_unique()
+    times, n_parts = ratings["timestamp"].sort(), n_folds + 1
+    starts = [times[len(times) * number // n_parts] for number in range(n_parts)]
+    if len(set(starts)) < n_parts:
+        n_times = times.n_unique()
         raise ValueError(f"{n_times:,} different times are too few for {n_parts} parts by date")
-    return train, test
+    when = pl.col("timestamp")
+    for number in range(first, n_parts):
+        is_last = number + 1 == n_parts
+        before_end = ratings if is_last else ratings.filter(when < starts[number + 1])
+        yield _part(before_end, when >= starts[number])
 
 
 def _need_times(ratings: Frame, name: str) -> None:
@@ -1323,7 +1325,7 @@ def features(
     Rows and features are the users', then the items'. `kinds` chooses among: id, the row's own;
     implicit, the items that the user rated in `train`, or the users who rated the item, each
     1 / sqrt(their number) (Koren 2008, SVD++); side, what `users` and `items` tell, by `describe`;
-    time, room for `time_context`, whose features vary by rating: the users' part ends in identity
+    time, room for `time_context`, whose features vary by moment: the users' part ends in identity
     rows and columns for them. No test rating is read.
     """
     if isinstance(kinds, str) or not set(kinds) <= set(FEATURES):
@@ -1354,7 +1356,7 @@ def _list_blocks(
     """For each kind the entries (row, feature, value) of users or items, and its features."""
     raw, others = ids if name == "user" else reversed(ids)
     rows = pl.int_range(len(raw), eager=True)
-    moments = pl.int_range(len(TIME_SCALES), eager=True)
+    scales = pl.int_range(len(TIME_SCALES), eager=True)
     value = pl.lit(1.0)
     if "id" in kinds:
         yield pl.select(row=rows, feature=rows, value=value), len(raw)
@@ -1368,7 +1370,7 @@ def _list_blocks(
         side = side.select(rows.alias("row"), "feature", "value").drop_nulls("row")
         yield side, (side["feature"].max() + 1) if len(side) else 0
     if "time" in kinds and name == "user":
-        yield pl.select(row=moments + len(raw), feature=moments, value=value), len(moments)
+        yield pl.select(row=scales + len(raw), feature=scales, value=value), len(scales)
 
 
 def _sparse(entries: Frame, row: str, column: str, n_rows: int) -> Sparse:
@@ -1407,48 +1409,54 @@ def describe(about: Frame, key: str) -> Frame:
     return pl.concat(blocks)
 
 
-def time_context(train: Frame, test: Frame) -> tuple[Tensor, Tensor]:
-    """What the ratings that a user gave before tell of a moment: (N, J) and (M, J), float32.
+def find_excess(ratings: Frame) -> Frame:
+    """user, timestamp and excess: how far each rating lies above the mean of the item's.
 
-    One feature for each of `TIME_SCALES`, tau. With e a training rating less the mean of the item,
-    at the deviation of ml-100k's ratings whatever their scale, and sums over the user's training
-    ratings k from before the moment t,
-
-        usual = sum_k e_k / (1 + sum_k 1)
-        sum_k exp((t_k - t) / tau) (e_k - usual) / (10 + sum_k exp((t_k - t) / tau))
-
-    Films are rated in moods: on MovieLens ratings of one hour are alike. Nothing of the same second
-    or of later is read, so that what is measured can be had live. Item means are shrunk by five
-    ratings; this, the 10, the 1 and the scales were found on validation parts of ml-100k. Of `test`
-    only user and timestamp are read.
+    At the deviation of ml-100k's ratings whatever their scale. Item means are shrunk by five
+    ratings towards the mean of all.
     """
     rating = pl.col("rating").cast(pl.Float64)
     excess = (rating - rating.mean()) * UA_DEVIATION / rating.std(ddof=0)
     of_item = pl.col("excess").sum().over("item") / (pl.len().over("item") + 5)
-    whom = "user", "timestamp"
-    rated = train.with_columns(excess=excess, count=1.0)
-    rated = rated.select(*whom, pl.col("excess") - of_item, "count")
-    asked = test.select(*whom, excess=0.0, count=0.0)
-    rows = pl.concat([rated, asked]).with_row_index("place").sort(*whom, maintain_order=True)
+    ratings = ratings.with_columns(excess=excess)
+    return ratings.select("user", "timestamp", pl.col("excess") - of_item)
 
+
+def time_context(rated: Frame, asked: Frame) -> tuple[Tensor, Tensor]:
+    """What the ratings that a user gave before tell of a moment: (N, J) and (M, J), float32.
+
+    The moments are those of the ratings `rated`, of `find_excess`, and `asked` (user, timestamp).
+    One feature for each of `TIME_SCALES`, tau. With sums over the user's ratings k from before the
+    moment t, of excess e,
+
+        usual = sum_k e_k / (1 + sum_k 1)
+        sum_k exp((t_k - t) / tau) (e_k - usual) / (10 + sum_k exp((t_k - t) / tau))
+
+    Films are rated in moods: on MovieLens ratings of one hour are alike. Of the user nothing of the
+    same second or of later is read; item means are of the whole training part. The 10, the 1, the
+    scales and the 5 of item means were found on validation parts of ml-100k.
+    """
+    rows = [rated.with_columns(count=1.0), asked.with_columns(excess=0.0, count=0.0)]
+    keys = ["user", "timestamp"]
+    rows = pl.concat([part.select(*keys, "excess", "count") for part in rows])
+    rows = rows.with_row_index("place").sort(keys, maintain_order=True)
     is_first = rows["user"].ne_missing(rows["user"].shift()).to_torch()
     gaps = rows["timestamp"].diff().fill_null(0).cast(pl.Float64).to_torch()
     values = torch.stack([rows["excess"].to_torch(), rows["count"].to_torch()], 1)
     # The first row of each user's second.
     starts = torch.arange(len(rows)).where(is_first | (gaps > 0), 0).cummax(0).values
 
-    def sum_before(keep: Tensor) -> Tensor:
+    def sum_before(keep: Tensor) -> tuple[Tensor, Tensor]:
         sums = _decayed_sums(values, keep.masked_fill(is_first, 0.0))
-        return (sums - values)[starts]
+        return (sums - values)[starts].unbind(1)
 
-    excess, count = sum_before(torch.ones_like(gaps)).unbind(1)
-    usual, columns = excess / (count + 1), []
-    for tau in TIME_SCALES:
-        excess, count = sum_before(torch.exp(-gaps / tau)).unbind(1)
-        columns.append((excess - usual * count) / (10 + count))
-    context = torch.empty(len(rows), len(columns))
-    context[rows["place"].to_torch().long()] = torch.stack(columns, 1).float()
-    return context[: len(train)], context[len(train) :]
+    excess, count = sum_before(torch.ones_like(gaps))
+    usual, place = excess / (count + 1), rows["place"].to_torch().long()
+    context = torch.empty(len(rows), len(TIME_SCALES))
+    for column, tau in enumerate(TIME_SCALES):
+        excess, count = sum_before(torch.exp(-gaps / tau))
+        context[place, column] = ((excess - usual * count) / (10 + count)).float()
+    return context[: len(rated)], context[len(rated) :]
 
 
 def _decayed_sums(values: Tensor, keep: Tensor) -> Tensor:

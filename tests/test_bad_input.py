@@ -126,7 +126,7 @@ REFUSED = r"""
 --ratings one.csv --seed 1 | 1; --ratings two.csv --seed 1 | 2; --ratings equal.csv | 3
 --user-column kunde | r.csv 1 kunde user; --user-column u --ratings bare.csv | 1 'u' --user-column
 --time-column time --ratings noon.csv | 2 noon; --split u1 | u1 54
---split last10 | last10 timestamps
+--split last10 | last10 timestamps; --split by-date | by-date timestamps
 --features id,time | time timestamps; --features side | side tables
 --y-range 0 4.5 | 1 5 --y-range; --test x.csv | No such file; --test r.csv --seed 1 | 54 User
 --ratings binary.csv --recipe best --loss ordinal | --loss ordinal; --test no.csv | no ratings
@@ -177,7 +177,8 @@ fit; --speed; --split u9; --ratings x --dataset ml-1m; --recipe sota; --dataset 
 --test r.csv --split u1; train --time-column x; --test r.csv --holdout 0.5
 train r.csv; train --resume k.pt --checkpoint c.pt --save k.pt; train --resume k.pt --epochs 9
 train --resume k.pt --seed 0; train --resume k.pt --save k.pt
-cross-validate --splits ua --folds 1; lr-find --plot x.gif; lr-find --epochs 2
+cross-validate --splits ua --folds 1; cross-validate --folds 2 --by-date 2
+lr-find --plot x.gif; lr-find --epochs 2
 evaluate m.pt --user-column x; predict m.pt --user 5; predict m.pt --pairs p.csv
 predict m.pt --user 5 --item 5 --output x.csv; predict m.pt --pairs p.csv --output x.txt
 predict m.pt --pairs p.csv --output p.csv; recommend m.pt; recommend m.pt --user 5 --rated 1:2

@@ -120,8 +120,10 @@ def test_recommend(trained):
         assert top["rating"].to_list() == pytest.approx(expected, abs=1e-5)
     found = trained.ask("recommend", "--user", user, "-n", 3, "--by", "rating")
     assert found == as_json({"user": user, "items": top.select("item", "title", "rating")})
-    everything = collab.recommend(model, trained.user, n=10**6, include_seen=True)
+    everything = collab.recommend(model, user, n=10**6, include_seen=True)
     assert set(everything["item"]) == set(known)
+    found = trained.ask("recommend", "--user", user, "-n", 10**6, "--include-seen")["items"]
+    assert found == as_json(everything.select("item", "title", "rating"))
     # A new user, by ratings on the command line and in a file.
     rated, answers = model.ids.items[:3].to_frame("item"), []
     for ratings in ([5, 1, 4], [1, 5, 2]):

@@ -202,17 +202,6 @@ def test_prediction_broadcasts(head, n_users):
         model.predict(params, users.unsqueeze(1), items, torch.zeros(n_users, 2), head=head)
 
 
-def test_all_items_are_predicted_by_the_mean_of_the_members():
-    params, users = make_params(6, 9), torch.tensor([4, 0])
-    others = model.Params(*(table.flip(0) for table in params))
-    pairs = torch.cartesian_prod(users, torch.arange(8)).unbind(1)
-    each = [model.predict(member, *pairs, head=HEAD).view(2, 8) for member in (params, others)]
-    for members, expected in (([params], each[0]), ([params, others], sum(each) / 2)):
-        members = [model.take_users(member, users) for member in members]
-        got = model.predict_all(members, n_items=8, head=HEAD)
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-
-
 def test_the_average_row_is_of_those_seen_and_stands_behind_them():
     params = make_params(6, 9)
     seen_users, seen_items = torch.tensor([True, False, True]), torch.ones(9, dtype=torch.bool)

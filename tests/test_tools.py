@@ -94,12 +94,19 @@ def test_large_sets_beside_a_peer(tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "FOLDER", tmp_path)
     for name, value in (("THREADS", 1), ("REPEATS", 1), ("SIZES", {20_000: True})):
         monkeypatch.setattr(bench, name, value)
-    rows, _ = run(bench, "--scale")
-    assert rows[1][:2] == ["cmfrec 12 6", "9"]
-    assert 0.5 < float(rows[2][3]) < float(rows[1][3]) < 2, "ours is better than threes"
-    assert int(rows[2][4]) > 100
-    rows, _ = run(bench, "--ratings", tmp_path / "scale" / "ratings-20000.csv")
-    assert [row[0] for row in rows[1:]] == ["cmfrec 40 8", "ours"]
+    (_, ours, theirs), _ = run(bench, "--scale")
+    assert theirs[:2] == ["20,000 ratings: cmfrec 12 6", "9"]
+    assert 0.5 < float(ours[3]) < float(theirs[3]) < 2, "ours is better than threes"
+    assert int(ours[4]) > 100
+    path = tmp_path / "scale" / "ratings-20000.csv"
+    rows, _ = run(bench, "--ratings", path)
+    assert [row[0] for row in rows[1:]] == ["ours", "cmfrec 40 8"]
+    monkeypatch.setattr(peers, "OURS", ("default",))
+    (_, theirs, ours), _ = run(peers, "--ratings", path)
+    assert (theirs[0], ours[0], theirs[2]) == ("cmfrec", "`default`", "9.0 ± 0.0")
+    mean, deviation = map(float, ours[1].split(" ± "))
+    assert 0.5 < mean < float(theirs[1].split(" ± ")[0])
+    assert 0 < deviation < 0.1, "three splits"
 
 
 def write(path, names="user,item,rating"):

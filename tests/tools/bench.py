@@ -53,18 +53,14 @@ def take_turns(measures):
 
 
 def show(runs):
-    """Print a line for each system, the slowest first."""
-
-    def median(rows):
-        return statistics.median(row["seconds"] for row in rows)
-
+    """Print a line for each system, in their order."""
     echo_heads("work", "seconds", "range", "test MSE", "peak MiB")
-    for system, rows in sorted(runs.items(), key=lambda pair: median(pair[1]), reverse=True):
+    for system, rows in runs.items():
         seconds = [row["seconds"] for row in rows]
         mse = f"{statistics.mean(row['mse'] for row in rows):.4f}" if "mse" in rows[0] else ""
         peak = f"{max(row['peak_mib'] for row in rows):.0f}" if "peak_mib" in rows[0] else ""
         extent = f"{min(seconds):.4g} to {max(seconds):.4g}"
-        echo_row(system, f"{median(rows):.4g}", extent, mse, peak)
+        echo_row(system, f"{statistics.median(seconds):.4g}", extent, mse, peak)
 
 
 def train_to(mse):
@@ -119,7 +115,8 @@ def measure_step():
     """Rows of what a step of best takes, and a training has thousands of: its parts, apart."""
     torch.set_num_threads(1)
     task = collab.prepare(collab.read(), "best")
-    (table,), parts = collab.set_up_member(task, schedule.one_cycle(100, lr_max=0.01), [None])
+    pace = schedule.one_cycle(100, lr_max=0.01)
+    (table,), parts = collab.set_up_member(task, pace, collab.find_centers(task))
     batch = [column[: task.options["batch_size"]] for column in task.train]
     whole, rows = parts["loss_and_grad"], model.embed(table, task.features.matrix)
     n_users = collab.count_lines(task.options, task.ids) - len(task.ids.items)
@@ -196,12 +193,17 @@ def make_once(folder, n_ratings):
     return path
 
 
+def write_split(path, folder):
+    """Write the random split that `collab.py train` makes of a file, for peers."""
+    peers.write_task(folder, collab.read(path), "random")
+
+
 def measure_large(path, folder, work, *, has_peer=True):
     """Our training with the options of `work` on a file, and cmfrec's with its numbers."""
     options, sizes = work
     measures = [partial(train, "ours", "--ratings", path, "--threads", THREADS, *options)]
     for name, venv in peers.prepare(["cmfrec"]).items() if has_peer else ():
-        apart(peers.write_random, folder, path)
+        apart(write_split, path, folder)
         measures.append(partial(peers.run_peer, name, venv, folder, *sizes, threads=THREADS))
     return take_turns(measures)
 
@@ -217,10 +219,12 @@ def main(is_scale, ratings):
         if ratings is not None:
             show(measure_large(ratings, scratch, OWN))
         elif is_scale:
+            runs = {}
             for size, has_peer in SIZES.items():
                 path = make_once(data.default_data_dir() / "scale", size)
-                click.echo(f"\n{size:,} ratings, threads {THREADS}\n")
-                show(measure_large(path, scratch, LARGE, has_peer=has_peer))
+                found = measure_large(path, scratch, LARGE, has_peer=has_peer)
+                runs |= {f"{size:,} ratings: {name}": rows for name, rows in found.items()}
+            show(runs)
         else:
             show(measure_small(scratch))
 

@@ -51,7 +51,7 @@ def fold_in(model, hidden, test, user, width):
     columns, options, users = [rows, own["rating"].to_torch()], {}, torch.zeros_like(asked_rows)
     if "time" in model.options["features"]:  # each at a moment of its own
         columns.append(own["timestamp"].to_torch())
-        options, users = {"asked": asked["timestamp"].to_torch()}, torch.arange(len(asked))
+        options, users = {"time": asked["timestamp"].to_torch()}, torch.arange(len(asked))
     members = collab.fold_in(model, *columns, **options, width=width)
     ratings = collab.predict_mean(members, users, asked_rows, head=collab.make_head(*model.head))
     return ratings.clamp(*model.clip) - asked["rating"].to_torch()

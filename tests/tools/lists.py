@@ -1,4 +1,4 @@
-"""Measure lists of ten items, for the README's table: ours, the most rated items, EASE, implicit.
+"""Measure lists of ten items: ours, the most rated items, EASE, implicit.
 
 `python tests/tools/lists.py` prints a Markdown table: of the test part's ratings of four stars and
 more, ndcg, recall, hit rate and mean reciprocal rank at ten, the items of the training part left

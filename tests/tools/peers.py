@@ -1,4 +1,4 @@
-"""Measure other rating predictors on our splits, for the README's table.
+"""Measure other rating predictors on our splits, for the table of tests/README.md.
 
 `python tests/tools/peers.py --install --ours` makes a virtual environment for each peer and prints
 a Markdown table of them and of our recipes; without `--install`, a peer that is not there is
@@ -88,24 +88,19 @@ def write_tables(folder, **tables):
         frame.write_csv(folder / f"{name}.tsv", separator="\t", include_header=False)
 
 
-def write_task(folder, source, split):
-    """Write what a peer is given of ml-100k."""
-    train, test = data.split(source.ratings, split)
+def write_task(folder, source, split, seed=0):
+    """Write what a peer is given: the parts, and of ml-100k what is known of users and items."""
+    train, test = data.split(source.ratings, split, seed=seed)
+    write_tables(folder, train=train, test=test)
+    if source.name != "ml-100k":
+        return
     age, area = polars.col("age") // 5, polars.col("zip_code").str.head(1)
     told = polars.format("age {}|{}|{}|zip {}", age, "gender", "occupation", area)
     users = source.users.select("user", told)
     year = polars.col("year").cast(polars.String).fill_null("None")
     genres = polars.format("year {}|{}", year, polars.col("genres").list.join("|"))
     items = source.items.select("item", genres)
-    write_tables(folder, train=train, test=test, users=users, items=items)
-
-
-def write_random(folder, ratings, seed=0):
-    """Write the random split that `collab.py train` makes of a MovieLens, or a file."""
-    task = collab.prepare(collab.read(ratings), seed=seed)
-    for name, part in (("train", task.train), ("test", task.test)):
-        columns = [polars.Series(column.numpy()) for column in part[:3]]
-        write_tables(folder, **{name: polars.DataFrame(columns)})
+    write_tables(folder, users=users, items=items)
 
 
 def run_peer(name, venv, folder, *arguments, threads=1):
@@ -131,19 +126,19 @@ def judge(result, train, test):
     return {"system": system, "mse": mse, "rmse": math.sqrt(mse), "seconds": result["seconds"]}
 
 
-def measure_random(ratings, arguments, scratch):
-    """Print a line for each of ours and of cmfrec's systems, means over the seeds."""
+def measure_random(ratings, arguments, ready, scratch):
+    """Print a line for each of ours and of the peers' systems, means over the seeds."""
     cells = {}
     for seed in range(3):
-        common = *arguments, "--seed", seed, "--threads", 2
+        common = *arguments, "--split", "random", "--seed", seed, "--threads", 2
         rows = [train(f"`{name}`", *common, "--recipe", *name.split())[0] for name in OURS]
-        for name, venv in prepare(["cmfrec"]).items():
-            write_random(scratch, ratings, seed)
+        write_task(scratch, collab.read(ratings), "random", seed)
+        for name, venv in ready.items():
             rows += run_peer(name, venv, scratch, threads=2)
         for row in rows:
             cells.setdefault(row["system"], []).append((row["rmse"], row["seconds"]))
     echo_heads("system", "RMSE", "seconds")
-    for system, pairs in sorted(cells.items(), key=lambda pair: -sum(pair[1][0])):
+    for system, pairs in sorted(cells.items(), key=lambda pair: pair[1][0], reverse=True):
         errors, seconds = zip(*pairs, strict=True)
         echo_row(system, spread(errors), spread(seconds, 1))
 
@@ -163,15 +158,16 @@ def show(rows):
 
 @click.command()
 @click.option("--install", "is_install", is_flag=True, help="Make the environments not there.")
-@click.option("--ours", is_flag=True, help="Train our recipes too.")
+@click.option("--ours", is_flag=True, help="Train our recipes too, as --dataset does.")
 @click.option("--dataset", help="These ratings instead, on random splits.")
 @click.option("--ratings", type=click.Path(path_type=Path), help="The same, of a file.")
 def main(is_install, ours, dataset, ratings):
     """Print a table of the errors of other rating predictors, and of ours."""
     if dataset or ratings:
         arguments = ("--ratings", ratings) if ratings else ("--dataset", dataset)
+        ready = prepare(["cmfrec"], is_install=is_install)
         with tempfile.TemporaryDirectory() as scratch:
-            return measure_random(ratings or dataset, arguments, Path(scratch))
+            return measure_random(ratings or dataset, arguments, ready, Path(scratch))
     source, ready = collab.read(notice=notice), prepare(PEERS, is_install=is_install)
     if not ready and not ours:
         raise click.ClickException("no peer is installed, and --ours is not given")

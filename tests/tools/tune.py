@@ -5,8 +5,8 @@ tests/tools/tune.py --recipe best --splits ua,u1,last10 --trials 60 best.jsonl` 
 `best`; the first trial is the recipe as it is. `--ratings FILE --splits random` does so for a table
 of one's own. A test part is never read: each trial trains on a part of the training part of each
 split, with the values fitted to it as those of a recipe are, and is judged by its errors on what is
-held out, which is drawn as the test part is (ua: ten of each user, at most a third; last10: each
-user's last ten; else a tenth). Errors are compared with those of the first trial, and averaged. A
+held out, which is drawn as the test part is (ua: ten of each user, at most a third; last10 and
+by-date: by time; else a tenth). Errors are compared with those of the first trial, and averaged. A
 trial is a line of the file; an interrupted search goes on where it stopped. The best are printed
 last.
 """
@@ -39,8 +39,8 @@ GRIDS = {
     # Two models of an ensemble are enough to choose by.
     "best": {
         "ensemble": (2,),
-        "n_factors": (24, 32, 40, 48),
-        "dropout": (0.1, 0.15, 0.2, 0.25),
+        "n_factors": (32, 40, 48, 64),
+        "dropout": (0.1, 0.2, 0.25, 0.3),
         "epochs": (6, 8, 10, 12),
         "batch_size": (1024, 1536, 2048),
         "lr_max": (0.01, 0.015, 0.02),
@@ -63,7 +63,7 @@ def draw(recipe, number):
 def hold_out(ratings, split, seed):
     """The training part of `split` without what is held out, and that."""
     train, _ = data.split(ratings, split, seed=seed)
-    if split.startswith("last"):
+    if split.startswith(("last", "by-date")):
         return data.split(train, split)
     if split != "ua":
         return data.hold_out(train, 0.1, seed=seed)
