@@ -712,8 +712,10 @@ def _find_names(words: Sequence[str], kind: _Kind, names: list[str], places: dic
 # Reading the columns.
 
 
-def _scan_lines(source: _Source, **options) -> pl.LazyFrame:
-    options |= {"separator": "\n", "quote_char": None, "has_header": False, "glob": False}
+def _scan_lines(source: _Source, *, end: str = "\n", **options) -> pl.LazyFrame:
+    """Its lines, without the \\r that may stand before the `end` of each."""
+    options |= {"separator": end, "eol_char": end, "quote_char": None}
+    options |= {"has_header": False, "glob": False}
     options |= {"raise_if_empty": False, "empty_string_is_null": False}
     return pl.scan_csv(source.content, schema={"line": pl.String}, **options)
 
@@ -757,7 +759,8 @@ def _read_quoted(source: _Source) -> pl.LazyFrame:
 
     Below a line that is no record it begins anew.
     """
-    lines = _collect(source, _scan_lines(source))["line"].to_list()
+    # By a character that no text has, for fields may have line ends with \\r.
+    lines = "\0".join(_collect(source, _scan_lines(source, end="\0"))["line"]).split("\n")
     form, places = source.form, [*source.places.values()]
     csv.field_size_limit(1 << 30)  # reviews can be long
     start, n_headers, reader, rows = 0, form.n_headers, None, []
