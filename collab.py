@@ -352,10 +352,8 @@ def prepare(
         how = "by their features" if all(seen.all() for seen in task.seen) else "as average"
         pairs = zip(task.counts, task.test, strict=False)
         n_tested = torch.stack([counts[rows] == 0 for counts, rows in pairs]).any(0).sum().item()
-        text = (
-            "without training ratings: {:,} users, {:,} items, in {:,} test ratings; predicted {}"
-        )
-        notice(text.format(*n_unseen, n_tested, how))
+        what = "{:,} users, {:,} items, in {:,} test ratings".format(*n_unseen, n_tested)
+        notice(f"without training ratings: {what}; predicted {how}")
     figures = {"recipe": recipe, "dataset": source.name, "split": split, "seed": seed}
     figures |= {"options": options, "n_users": n_users, "n_items": n_items}
     figures |= {"n_train": len(ratings), "n_test": len(task.test[2])}
@@ -446,9 +444,9 @@ def train_model(
     `train --metrics` writes. A file `checkpoint` is written after each epoch, with `arguments`,
     plain values; training goes on after the last epoch of such a file, `resume`, to the same bits.
     torch's number of threads is the caller's: as many members train at once, and one is fastest for
-    one member of small batches. Under
-    `torch.distributed` the other processes run `fit_members(train.broadcast())`. ValueError for a
-    loss that is not finite, and for a checkpoint of another task.
+    one member of small batches. Under `torch.distributed` the other processes run
+    `fit_members(train.broadcast())`. ValueError for a loss that is not finite, and for a checkpoint
+    of another task.
     """
     rows, states, tables = [], None, []
     fingerprint = find_fingerprint(task) if checkpoint or resume else None
@@ -1093,7 +1091,8 @@ def rank(
     if not len(pairs):
         raise ValueError("no such rating by a known user of a known item to look for")
     users = pairs["user"].unique().sort().to_torch()
-    lists = (list_rows(trained, users, n=k, by=by, hidden=("train",)) for by in (by, "popular"))
+    columns, about = (users, *find_context(trained, users)), {"n": k, "hidden": ("train",)}
+    lists = (list_rows(trained, *columns, by=by, **about) for by in (by, "popular"))
     figures, popular = (train.rank(each, pairs, k=k) for each in lists)
     return figures | {"popular": popular}
 
@@ -1133,8 +1132,10 @@ def recommend(
     about = {"n": n, "by": by, "allowed": allowed}
     if rated is None:
         rows = find_rows(trained, "user", [users] if np.ndim(users) == 0 else users)
-        about |= {"hidden": () if include_seen else ("train", "test"), "time": time}
-        top = list_rows(trained, rows, **about)
+        columns = rows, *find_context(trained, rows, time)
+        top = list_rows(
+            trained, *columns, hidden=() if include_seen else ("train", "test"), **about
+        )
     else:
         items, *columns = to_rated(trained, data.to_lazy(rated).collect())
         members = fold_in(trained, items, *columns, time=time)
@@ -1156,17 +1157,16 @@ def find_rated(trained: Model, users: torch.Tensor, *parts: str) -> list[torch.T
     return rated
 
 
-def list_rows(trained: Model, users, *, hidden: tuple, time=None, **about) -> pl.DataFrame:
-    """`list_top` of the model's users of rows (B,), without what they rated in parts `hidden`.
+def list_rows(trained: Model, *columns: torch.Tensor, hidden: tuple, **about) -> pl.DataFrame:
+    """`list_top` of the model's users, without what they rated in parts `hidden`.
 
-    It is for the moment `time`, as in `find_context`.
+    `columns` are rows of users (B,) and, with the feature time, their context (B, J).
     """
     n_items, n_outputs = len(trained.ids.items), make_head(*trained.head).n_outputs
     n_kept = count_kept(about["n"], about["by"], n_items)
     n_scores = n_items * (n_outputs if about["by"] == "rating" else 1)
     n_floats = n_scores + n_kept * (find_factors(trained)[0].shape[1] + n_outputs)
-    columns, lists = (users, *find_context(trained, users, time)), []
-    blocks = (column.split(max(SCORES_AT_ONCE // n_floats, 1)) for column in columns)
+    blocks, lists = (column.split(max(SCORES_AT_ONCE // n_floats, 1)) for column in columns), []
     for block in zip(*blocks, strict=True):
         members = [model.take_users(rows, *block) for rows in trained.members]
         rated = (find_rated(trained, block[0], *parts) for parts in (("train",), hidden))

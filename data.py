@@ -759,7 +759,7 @@ def _read_quoted(source: _Source) -> pl.LazyFrame:
 
     Below a line that is no record it begins anew.
     """
-    # By a character that no text has, for fields may have line ends with \\r.
+    # By a character that no text has, for fields may have line ends with \r.
     lines = "\0".join(_collect(source, _scan_lines(source, end="\0"))["line"]).split("\n")
     form, places = source.form, [*source.places.values()]
     csv.field_size_limit(1 << 30)  # reviews can be long

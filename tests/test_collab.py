@@ -464,8 +464,17 @@ def test_a_model_with_times_knows_the_moment_of_a_rating(timed, source):
     expected = {name: timed.about["figures"][name] for name in ("n_test", *ERRORS)}
     assert collab.evaluate(timed) == pytest.approx(expected, rel=1e-6)
     assert collab.evaluate(timed, test) == pytest.approx(expected, rel=1e-5)
+    assert collab.evaluate(timed, test.drop("timestamp"))["mse"] > expected["mse"] + 0.01
     with pytest.raises(ValueError, match=r"^118 of the \(user, item\) pairs .* training part"):
         collab.evaluate(timed, train.filter(polars.col("user") == 22))
+
+
+def test_members_are_averaged(timed):
+    pairs, head = torch.cartesian_prod(*map(torch.arange, (9, 9))).T, collab.make_head(*timed.head)
+    each = [collab.model.predict(rows, *pairs, head=head) for rows in timed.members]
+    assert not torch.equal(*each)
+    found = collab.predict_mean(timed.members, *pairs, head=head)
+    torch.testing.assert_close(found, sum(each) / 2)
 
 
 def test_a_question_is_about_the_moment_after_the_last_rating(main, tmp_path, timed, source):

@@ -400,6 +400,7 @@ HAVE = [
     ("user,item,rating\n1,2\n1,2,3,4\n1,2,x\n,2,3\n5,6,7\n", [(5, 6, 7)], {"skip_bad": True}),
     ('user,item,rating\n"1,2,3\n4,5",6\n7,"8",9\n', [(7, 8, 9)], {"skip_bad": True}),
     ('user,item,rating,text\n1,2,3,"a \\"b\\", c"\n4,5,6,"d"\n', [(4, 5, 6)], {"skip_bad": True}),
+    ('user,item,rating\r\n1,"a\r\n",3\r\n2,"\r\nb",4\r\n', [(1, "a\r\n", 3), (2, "\r\nb", 4)], {}),
     ("1,2,0\n3,4,-1\n5,6,10\n", [(5, 6, 10)], {"skip_bad": True, "rating_range": (1, 10)}),
     ("3::4::5\n1::2\n", [(3, 4, 5)], {"skip_bad": True}),
     (JSON, [("A1", "007", 5, 1600000000.123)], {}),

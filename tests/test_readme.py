@@ -27,10 +27,6 @@ def run(*arguments, cwd):
     return subprocess.run(command, cwd=cwd, **options)
 
 
-def numbers(text):
-    return [float(number) for number in re.findall(r"\d+\.\d+", text)]
-
-
 def differences(shown, printed):
     return list(report.find_differences(shown, printed, tolerance=5e-3))
 
@@ -48,15 +44,15 @@ def test_its_commands_print_what_it_shows(main, tmp_path, text):
         if command == "python collab.py train":
             (told,) = re.findall(r"```text\n([^`]*without a model[^`]*)\n```", text)
             assert not differences(told, done.stderr.partition("\n")[2])
-    written = {
+    written = [
         "predicted.csv",
         "recommended.parquet",
+        "factors.npz",
         "lr.png",
         "map.png",
         "runs.svg",
-        "factors.npz",
-    }
-    assert ({"model.pt"} if text == README else written) <= set(os.listdir(tmp_path))
+    ]
+    assert {"model.pt", *(written if text == MEASURED else [])} <= set(os.listdir(tmp_path))
 
 
 def test_its_other_commands_are_there():
@@ -97,8 +93,6 @@ def test_its_examples_run(tmp_path, number):
     if "train.fit" in EXAMPLES[number]:  # prints the number and the error of each epoch
         errors = [float(line.split()[1]) for line in done.stdout.splitlines()]
         assert errors[-1] < min(errors[0], 0.91)
-    elif "optimizer" in EXAMPLES[number]:
-        assert numbers(done.stdout.replace("2.,", "2.0")) == pytest.approx([1.0, 2.0], abs=0.02)
     else:
         assert "model.pt" in os.listdir(tmp_path)
 
